@@ -1,0 +1,1 @@
+//! Multi-crop recipe, pixel operations and block masks: pure functions of image and draws.

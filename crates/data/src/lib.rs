@@ -1,0 +1,1 @@
+//! Image sources, decoding, sampling order and the parallel loader.

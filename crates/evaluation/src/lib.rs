@@ -1,0 +1,1 @@
+//! Frozen-feature evaluations: k-NN, linear probe, effective rank.

@@ -1,0 +1,1 @@
+//! DINO, iBOT and KoLeo losses; Sinkhorn-Knopp and softmax centering.

@@ -1,0 +1,1 @@
+//! Golden fixtures, tolerance helpers and tiny recipes for tests.

@@ -1,0 +1,1 @@
+//! The recipe, the training step, the loop and the run directory.
