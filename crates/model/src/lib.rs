@@ -1,1 +1,50 @@
+//! Vision backbones and projection heads, with the references' parameter names.
+//!
+//! A [`Vit`] is the backbone of DINO, iBOT, DINOv2 and DINOv3, depending on its [`VitConfig`]; a [`ProjectionHead`] maps
+//! its tokens to prototypes. Nothing here draws randomness that was not passed in, and nothing but [`weights`] does I/O.
 
+pub mod config;
+mod draws;
+mod head;
+mod init;
+pub mod interpolation;
+mod layers;
+pub mod parameters;
+mod rope;
+mod vit;
+pub mod weights;
+
+pub use config::{Arch, ModelConfig, VitConfig};
+pub use draws::{BranchDraw, StochasticDraws};
+pub use head::{HeadConfig, HeadNorm, ProjectionHead};
+pub use layers::{Block, Ffn, LayerScale, Linear, Norm, SelfAttention};
+pub use rope::{Rope, RopeDraw};
+pub use vit::{CropGroup, Features, LayerFeatures, Vit};
+
+/// What can be wrong with a model's description.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// Numbers that do not fit together.
+    #[error("model: {0}")]
+    Config(String),
+    /// A size that patches do not tile.
+    #[error(
+        "model: {what} {size} is not a multiple of the patch size {patch}\n\nhint: the nearest sizes are {} and {}",
+        size / (*patch).max(1) * patch,
+        (size / (*patch).max(1) + 1) * patch
+    )]
+    NotAMultiple {
+        /// Which size.
+        what: &'static str,
+        /// Its value in pixels.
+        size: usize,
+        /// The patch size in pixels.
+        patch: usize,
+    },
+}
+
+impl ModelError {
+    pub(crate) fn config(message: impl Into<String>) -> Self {
+        Self::Config(message.into())
+    }
+}

@@ -1,0 +1,60 @@
+//! The operations composed from tensor primitives: what they compute, on every backend, with gradients by autodiff.
+
+use burn::tensor::{Tensor, activation};
+
+use crate::RopeTable;
+
+/// See [`crate::linear`].
+pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    let y = x.matmul(weight.transpose());
+    match bias {
+        Some(bias) => y + bias.unsqueeze(),
+        None => y,
+    }
+}
+
+/// See [`crate::layer_norm`].
+pub fn layer_norm(x: Tensor<2>, weight: Tensor<1>, bias: Tensor<1>, eps: f64) -> Tensor<2> {
+    let centered = x.clone() - x.mean_dim(1);
+    let variance = centered.clone().powi_scalar(2).mean_dim(1);
+    centered / (variance + eps).sqrt() * weight.unsqueeze() + bias.unsqueeze()
+}
+
+/// See [`crate::gelu`].
+pub fn gelu(x: Tensor<2>) -> Tensor<2> {
+    activation::gelu(x)
+}
+
+/// See [`crate::residual`].
+pub fn residual(x: Tensor<2>, branch: Tensor<2>, gamma: Option<Tensor<1>>) -> Tensor<2> {
+    match gamma {
+        Some(gamma) => x + branch * gamma.unsqueeze(),
+        None => x + branch,
+    }
+}
+
+/// See [`crate::self_attention`].
+pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
+    let [batch, tokens, packed] = qkv.dims();
+    let width = packed / 3;
+    let head_dim = width / num_heads;
+    // [B, N, 3, H, d] -> [3, B, H, N, d]
+    let parts = qkv.reshape([batch, tokens, 3, num_heads, head_dim]).permute([2, 0, 3, 1, 4]);
+    let part = |i: usize| parts.clone().slice([i..i + 1]).reshape([batch, num_heads, tokens, head_dim]);
+    let (mut q, mut k, v) = (part(0), part(1), part(2));
+    if let Some(table) = rope {
+        q = rotate(q, table);
+        k = rotate(k, table);
+    }
+    let scores = q.matmul(k.transpose()) / (head_dim as f64).sqrt();
+    let out = activation::softmax(scores, 3).matmul(v);
+    out.permute([0, 2, 1, 3]).reshape([batch, tokens, width])
+}
+
+/// `x·cos + rotate_half(x)·sin`, where `rotate_half([a, b]) = [−b, a]` on the two halves of a head.
+fn rotate(x: Tensor<4>, table: &RopeTable) -> Tensor<4> {
+    let half = x.dims()[3] / 2;
+    let mut halves = x.clone().split(half, 3).into_iter();
+    let (a, b) = (halves.next().expect("two halves"), halves.next().expect("two halves"));
+    x * table.cos.clone().unsqueeze() + Tensor::cat(vec![b.neg(), a], 3) * table.sin.clone().unsqueeze()
+}

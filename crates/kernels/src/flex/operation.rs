@@ -1,0 +1,115 @@
+//! What a fused operation is, and its step in burn's automatic differentiation.
+
+use std::fmt::Debug;
+use std::marker::PhantomData;
+
+use burn::backend::autodiff::NodeId;
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, Flex, backend_extension};
+
+/// A differentiable function of `N` tensors with one result.
+pub(crate) trait Operation<const N: usize>: Clone + Debug + Send + 'static {
+    /// The value.
+    fn forward(&self, inputs: [FlexTensor; N]) -> FlexTensor;
+
+    /// Which inputs [`backward`](Self::backward) reads when the gradients of `tracked` are wanted; the others are not kept.
+    fn reads(&self, tracked: [bool; N]) -> [bool; N];
+
+    /// The gradients of the `tracked` inputs, given that of the result. The inputs that [`reads`](Self::reads) names are
+    /// there.
+    fn backward(
+        &self,
+        inputs: [Option<FlexTensor>; N],
+        grad: FlexTensor,
+        tracked: [bool; N],
+    ) -> [Option<FlexTensor>; N];
+}
+
+/// The backends that run an [`Operation`]: `flex`, with and without automatic differentiation.
+#[backend_extension(Flex, Autodiff)]
+pub(crate) trait FlexKernels: Backend {
+    /// Runs an operation of one tensor.
+    fn unary<O: Operation<1>>(a: FloatTensor<Self>, operation: O) -> FloatTensor<Self>;
+    /// Runs an operation of two tensors.
+    fn binary<O: Operation<2>>(a: FloatTensor<Self>, b: FloatTensor<Self>, operation: O) -> FloatTensor<Self>;
+    /// Runs an operation of three tensors.
+    fn ternary<O: Operation<3>>(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        operation: O,
+    ) -> FloatTensor<Self>;
+}
+
+impl FlexKernels for Flex {
+    fn unary<O: Operation<1>>(a: FlexTensor, operation: O) -> FlexTensor {
+        operation.forward([a])
+    }
+
+    fn binary<O: Operation<2>>(a: FlexTensor, b: FlexTensor, operation: O) -> FlexTensor {
+        operation.forward([a, b])
+    }
+
+    fn ternary<O: Operation<3>>(a: FlexTensor, b: FlexTensor, c: FlexTensor, operation: O) -> FlexTensor {
+        operation.forward([a, b, c])
+    }
+}
+
+type Tracked<C> = FloatTensor<Autodiff<Flex, C>>;
+
+impl<C: CheckpointStrategy> FlexKernels for Autodiff<Flex, C> {
+    fn unary<O: Operation<1>>(a: Tracked<C>, operation: O) -> Tracked<C> {
+        record::<O, C, 1>(operation, [a])
+    }
+
+    fn binary<O: Operation<2>>(a: Tracked<C>, b: Tracked<C>, operation: O) -> Tracked<C> {
+        record::<O, C, 2>(operation, [a, b])
+    }
+
+    fn ternary<O: Operation<3>>(a: Tracked<C>, b: Tracked<C>, c: Tracked<C>, operation: O) -> Tracked<C> {
+        record::<O, C, 3>(operation, [a, b, c])
+    }
+}
+
+/// Computes the value, and remembers the operation if one of its inputs is tracked.
+fn record<O: Operation<N>, C: CheckpointStrategy, const N: usize>(
+    operation: O,
+    inputs: [Tracked<C>; N],
+) -> Tracked<C> {
+    let tracked = inputs.each_ref().map(|input| input.is_tracked());
+    let nodes = inputs.each_ref().map(|input| input.node());
+    match Step::<O>(PhantomData).prepare::<C>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(mut prep) => {
+            let reads = operation.reads(tracked);
+            let saved = std::array::from_fn(|i| reads[i].then(|| prep.checkpoint(&inputs[i])));
+            let value = operation.forward(inputs.map(|input| input.into_primitive()));
+            prep.finish((operation, saved), value)
+        }
+        OpsKind::UnTracked(prep) => prep.finish(operation.forward(inputs.map(|input| input.into_primitive()))),
+    }
+}
+
+/// The backward step of an operation.
+#[derive(Debug)]
+struct Step<O>(PhantomData<O>);
+
+impl<O: Operation<N>, const N: usize> Backward<Flex, N> for Step<O> {
+    type State = (O, [Option<NodeId>; N]);
+
+    fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let grad = grads.consume::<Flex>(&ops.node);
+        let (operation, saved) = ops.state;
+        let inputs = saved.map(|node| node.map(|node| checkpointer.retrieve_node_output::<FlexTensor>(node)));
+        let tracked = ops.parents.each_ref().map(Option::is_some);
+        let gradients = operation.backward(inputs, grad, tracked);
+        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
+            if let (Some(parent), Some(gradient)) = (parent, gradient) {
+                grads.register::<Flex>(parent.id, gradient);
+            }
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Comparing a fused operation with its definition: the value and every gradient, on inputs that are the same for both.
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+/// Numbers in [−1, 1) that depend on the seed only.
+pub(crate) fn numbers(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0x1234_5678_9ABC_DEF1;
+    (0..len)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+/// Input shapes of one comparison, and which of them are tracked.
+pub(crate) struct Case {
+    shapes: Vec<Vec<usize>>,
+    tracked: Vec<bool>,
+    /// The inputs are numbers in [−scale, scale).
+    pub(crate) scale: f32,
+}
+
+impl Case {
+    pub(crate) fn new(shapes: &[&[usize]], tracked: &[bool]) -> Self {
+        assert_eq!(shapes.len(), tracked.len());
+        Self { shapes: shapes.iter().map(|s| s.to_vec()).collect(), tracked: tracked.to_vec(), scale: 1.0 }
+    }
+
+    fn inputs(&self) -> Inputs {
+        // Without a tracked input the device is the plain one, which takes the path without automatic differentiation.
+        let device = Device::flex();
+        let device = if self.tracked.contains(&true) { device.autodiff() } else { device };
+        let tensors = self.shapes.iter().enumerate().map(|(i, shape)| {
+            let data: Vec<f32> = numbers(shape.iter().product(), i as u64 + 1).iter().map(|v| v * self.scale).collect();
+            let tensor = Tensor::<1>::from_data(TensorData::from(data.as_slice()), &device);
+            if self.tracked[i] { tensor.require_grad() } else { tensor }
+        });
+        Inputs { tensors: tensors.collect(), shapes: self.shapes.clone() }
+    }
+}
+
+/// The inputs of one run.
+pub(crate) struct Inputs {
+    tensors: Vec<Tensor<1>>,
+    shapes: Vec<Vec<usize>>,
+}
+
+impl Inputs {
+    fn shaped<const D: usize>(&self, i: usize) -> Tensor<D> {
+        let shape: [usize; D] = self.shapes[i].as_slice().try_into().expect("the rank of the case");
+        self.tensors[i].clone().reshape(shape)
+    }
+
+    pub(crate) fn vector(&self, i: usize) -> Tensor<1> {
+        self.shaped(i)
+    }
+
+    pub(crate) fn matrix(&self, i: usize) -> Tensor<2> {
+        self.shaped(i)
+    }
+
+    pub(crate) fn cube(&self, i: usize) -> Tensor<3> {
+        self.shaped(i)
+    }
+}
+
+/// The value, and the gradient of each tracked input for a fixed gradient of the value.
+pub(crate) fn run<const D: usize>(case: &Case, f: impl Fn(&Inputs) -> Tensor<D>) -> Vec<Vec<f32>> {
+    let inputs = case.inputs();
+    let value = f(&inputs);
+    let read = |t: TensorData| t.to_vec::<f32>().expect("f32");
+    let mut results = vec![read(value.to_data())];
+    if case.tracked.contains(&true) {
+        let weights = numbers(value.shape().num_elements(), 99);
+        let weights = Tensor::<1>::from_data(TensorData::from(weights.as_slice()), &value.device());
+        let grads = (value.clone() * weights.reshape(value.shape())).sum().backward();
+        for (i, tensor) in inputs.tensors.iter().enumerate() {
+            let grad = tensor.grad(&grads);
+            assert_eq!(grad.is_some(), case.tracked[i], "input {i}");
+            results.extend(grad.map(|grad| read(grad.to_data())));
+        }
+    }
+    results
+}
+
+/// Asserts that both functions give the same value and gradients to 2e-5 of the largest element, and that the first gives
+/// the same bits when it is run again.
+pub(crate) fn assert_same<const D: usize>(
+    case: &Case,
+    fused: impl Fn(&Inputs) -> Tensor<D>,
+    defined: impl Fn(&Inputs) -> Tensor<D>,
+) {
+    let (actual, expected) = (run(case, &fused), run(case, defined));
+    assert_eq!(actual.len(), expected.len());
+    for (i, (a, e)) in actual.iter().zip(&expected).enumerate() {
+        assert_eq!(a.len(), e.len());
+        let largest = e.iter().fold(1e-3f32, |m, v| m.max(v.abs()));
+        let worst = a.iter().zip(e).map(|(a, e)| (a - e).abs()).fold(0.0f32, |m, v| if v > m || v.is_nan() { v } else { m });
+        assert!(
+            worst <= 2e-5 * largest,
+            "result {i} of {:?} tracked {:?}: differs by {worst} with values up to {largest}",
+            case.shapes,
+            case.tracked
+        );
+    }
+    let bits = |results: &[Vec<f32>]| results.iter().flatten().map(|v| v.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&run(case, fused)), bits(&actual), "a second run gives other bits");
+}

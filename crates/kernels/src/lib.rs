@@ -1,0 +1,61 @@
+//! The tensor operations a vision transformer spends its time in, each behind one function.
+//!
+//! A function here is the only place where its operation is written down for every backend: the model calls
+//! [`self_attention`], and how attention runs (composed from tensor operations, or as one fused pass with a hand-written
+//! backward) is decided here. [`composed`] holds the plain versions, which define what the operations compute.
+
+pub mod composed;
+
+use burn::tensor::Tensor;
+
+/// Cosine and sine tables of a rotary position embedding, one row per token.
+///
+/// # Shapes
+/// Both `[N, d]`: `N` tokens of the sequence (prefix tokens have cosine 1 and sine 0, which leaves them as they are), `d`
+/// the width of one head. Plain tensors: no gradient flows into a table.
+#[derive(Clone, Debug)]
+pub struct RopeTable {
+    /// Cosines.
+    pub cos: Tensor<2>,
+    /// Sines.
+    pub sin: Tensor<2>,
+}
+
+/// `y = x·Wᵀ + b`, with the weight as PyTorch lays it out.
+///
+/// # Shapes
+/// `x [M, in]`, `weight [out, in]`, `bias [out]` → `[M, out]`.
+pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    composed::linear(x, weight, bias)
+}
+
+/// Layer normalisation over the last axis: `(x − mean)/√(var + eps)·weight + bias`, with the biased variance.
+///
+/// # Shapes
+/// `x [M, D]`, `weight [D]`, `bias [D]` → `[M, D]`.
+pub fn layer_norm(x: Tensor<2>, weight: Tensor<1>, bias: Tensor<1>, eps: f64) -> Tensor<2> {
+    composed::layer_norm(x, weight, bias, eps)
+}
+
+/// The exact Gaussian error linear unit, `x·Φ(x)` with `Φ` through `erf`.
+pub fn gelu(x: Tensor<2>) -> Tensor<2> {
+    composed::gelu(x)
+}
+
+/// `x + branch·gamma`: the residual connection with an optional layer scale (Touvron et al. 2021, "Going deeper with Image
+/// Transformers", eq. 3).
+///
+/// # Shapes
+/// `x [M, D]`, `branch [M, D]`, `gamma [D]` → `[M, D]`.
+pub fn residual(x: Tensor<2>, branch: Tensor<2>, gamma: Option<Tensor<1>>) -> Tensor<2> {
+    composed::residual(x, branch, gamma)
+}
+
+/// Multi-head self-attention `softmax(q·kᵀ/√d)·v` on a packed projection, with rotary positions applied to `q` and `k`.
+///
+/// # Shapes
+/// `qkv [B, N, 3·D]`, where the last axis is `q`, `k`, `v` in this order and head-major inside each → `[B, N, D]`, with
+/// `d = D / num_heads`. `rope` tables are `[N, d]`.
+pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
+    composed::self_attention(qkv, num_heads, rope)
+}

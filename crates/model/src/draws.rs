@@ -1,0 +1,69 @@
+//! The random draws of one training forward, made by the caller.
+//!
+//! The model draws nothing itself: stochastic depth and RoPE augmentation come in as values, so a forward is a function
+//! of its arguments and a resumed run repeats it.
+
+use rand::{Rng, RngExt, seq::SliceRandom};
+
+use crate::{
+    config::{DropPathKind, VitConfig},
+    rope::RopeDraw,
+};
+
+/// Stochastic depth of one residual branch (Huang et al. 2016; the subset form is DINOv2 §5).
+#[derive(Clone, Debug, PartialEq)]
+pub enum BranchDraw {
+    /// The branch runs on every sample.
+    Keep,
+    /// It runs on these samples of the batch and is scaled by `batch / subset`, which keeps its expectation.
+    Subset(Vec<usize>),
+    /// It runs on every sample; each sample's output is multiplied by its entry (0, or 1 / keep probability).
+    Scale(Vec<f32>),
+}
+
+/// The draws of one crop group in one forward: per block, the attention branch, the feed-forward branch and RoPE.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StochasticDraws {
+    /// Attention and feed-forward branches of each block.
+    pub branches: Vec<[BranchDraw; 2]>,
+    /// Coordinate augmentation of each block; empty without RoPE.
+    pub rope: Vec<RopeDraw>,
+}
+
+impl StochasticDraws {
+    /// Draws for a batch of `batch` crops.
+    pub fn draw(config: &VitConfig, batch: usize, rng: &mut impl Rng) -> Self {
+        let mut branches = Vec::with_capacity(config.depth);
+        let mut rope = Vec::new();
+        for block in 0..config.depth {
+            let rate = match config.drop_path {
+                DropPathKind::Subset => config.drop_path_rate,
+                DropPathKind::PerSample => config.drop_path_rate * block as f64 / (config.depth.max(2) - 1) as f64,
+            };
+            branches.push([(); 2].map(|()| branch(config.drop_path, rate, batch, rng)));
+            if let Some(geometry) = &config.rope {
+                rope.push(RopeDraw::draw(geometry, rng));
+            }
+        }
+        Self { branches, rope }
+    }
+}
+
+fn branch(kind: DropPathKind, rate: f64, batch: usize, rng: &mut impl Rng) -> BranchDraw {
+    if rate == 0.0 {
+        return BranchDraw::Keep;
+    }
+    match kind {
+        DropPathKind::Subset => {
+            let kept = ((batch as f64 * (1.0 - rate)) as usize).max(1);
+            let mut order: Vec<usize> = (0..batch).collect();
+            order.shuffle(rng);
+            order.truncate(kept);
+            BranchDraw::Subset(order)
+        }
+        DropPathKind::PerSample => {
+            let scale = (1.0 / (1.0 - rate)) as f32;
+            BranchDraw::Scale((0..batch).map(|_| if rng.random::<f64>() < rate { 0.0 } else { scale }).collect())
+        }
+    }
+}

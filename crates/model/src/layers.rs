@@ -1,0 +1,260 @@
+//! The layers of a transformer block, named as the references name them.
+
+use burn::module::{Module, Param};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation};
+use dinoxide_kernels as kernels;
+use dinoxide_kernels::RopeTable;
+use rand::Rng;
+
+use crate::{
+    config::{FfnKind, NormKind, VitConfig},
+    draws::BranchDraw,
+    init::Init,
+};
+
+/// `y = x·Wᵀ + b`, the weight `[out, in]` as in PyTorch.
+#[derive(Module, Debug)]
+pub struct Linear {
+    /// `[out, in]`.
+    pub weight: Param<Tensor<2>>,
+    /// `[out]`.
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+impl Linear {
+    pub(crate) fn new(input: usize, output: usize, bias: bool, init: &mut Init<impl Rng>) -> Self {
+        Self { weight: init.normal([output, input], 0.02), bias: bias.then(|| init.constant([output], 0.0)) }
+    }
+
+    /// `x [M, in]` → `[M, out]`.
+    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        kernels::linear(x, self.weight.val(), self.bias.as_ref().map(Param::val))
+    }
+}
+
+/// Layer or RMS normalisation over the last axis.
+#[derive(Module, Debug)]
+pub struct Norm {
+    /// `[D]`.
+    pub weight: Param<Tensor<1>>,
+    /// `[D]`; RMS normalisation has none.
+    pub bias: Option<Param<Tensor<1>>>,
+    #[module(skip)]
+    eps: f64,
+}
+
+impl Norm {
+    pub(crate) fn new(dim: usize, kind: NormKind, eps: f64, init: &mut Init<impl Rng>) -> Self {
+        let bias = (kind == NormKind::LayerNorm).then(|| init.constant([dim], 0.0));
+        Self { weight: init.constant([dim], 1.0), bias, eps }
+    }
+
+    /// `x [M, D]` → `[M, D]`.
+    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        match &self.bias {
+            Some(bias) => kernels::layer_norm(x, self.weight.val(), bias.val(), self.eps),
+            None => {
+                let mean_square = x.clone().powi_scalar(2).mean_dim(1);
+                x / (mean_square + self.eps).sqrt() * self.weight.val().unsqueeze()
+            }
+        }
+    }
+
+    pub(crate) fn forward_tokens(&self, x: Tensor<3>) -> Tensor<3> {
+        on_rows(x, |rows| self.forward(rows))
+    }
+}
+
+/// Applies a row-wise layer to tokens `[B, N, D]`.
+pub(crate) fn on_rows(x: Tensor<3>, layer: impl FnOnce(Tensor<2>) -> Tensor<2>) -> Tensor<3> {
+    let [batch, tokens, dim] = x.dims();
+    let y = layer(x.reshape([batch * tokens, dim]));
+    let dim = y.dims()[1];
+    y.reshape([batch, tokens, dim])
+}
+
+/// A learned factor per channel on a residual branch (Touvron et al. 2021, eq. 3).
+#[derive(Module, Debug)]
+pub struct LayerScale {
+    /// `[D]`.
+    pub gamma: Param<Tensor<1>>,
+}
+
+/// Multi-head self-attention with packed query, key and value projections.
+#[derive(Module, Debug)]
+pub struct SelfAttention {
+    /// `D → 3·D`.
+    pub qkv: Linear,
+    /// `D → D`.
+    pub proj: Linear,
+    #[module(skip)]
+    num_heads: usize,
+    #[module(skip)]
+    mask_k_bias: bool,
+}
+
+impl SelfAttention {
+    fn new(config: &VitConfig, init: &mut Init<impl Rng>) -> Self {
+        let dim = config.embed_dim;
+        Self {
+            qkv: Linear::new(dim, 3 * dim, config.qkv_bias, init),
+            proj: Linear::new(dim, dim, config.proj_bias, init),
+            num_heads: config.num_heads,
+            mask_k_bias: config.mask_k_bias,
+        }
+    }
+
+    /// `x [B, N, D]` → `[B, N, D]`.
+    pub fn forward(&self, x: Tensor<3>, rope: Option<&RopeTable>) -> Tensor<3> {
+        let qkv = on_rows(x, |rows| kernels::linear(rows, self.qkv.weight.val(), self.qkv_bias()));
+        on_rows(kernels::self_attention(qkv, self.num_heads, rope), |rows| self.proj.forward(rows))
+    }
+
+    /// The bias with its key third held at zero where the model asks for it; that third then has no gradient either.
+    fn qkv_bias(&self) -> Option<Tensor<1>> {
+        let bias = self.qkv.bias.as_ref()?.val();
+        if !self.mask_k_bias {
+            return Some(bias);
+        }
+        let mask = bias_mask(bias.dims()[0] / 3);
+        let mask = Tensor::from_data(TensorData::from(mask.as_slice()), &bias.device());
+        Some(bias * mask)
+    }
+}
+
+/// DINOv3's `bias_mask`: ones for queries and values, zeros for keys.
+pub(crate) fn bias_mask(dim: usize) -> Vec<f32> {
+    (0..3 * dim).map(|i| if (dim..2 * dim).contains(&i) { 0.0 } else { 1.0 }).collect()
+}
+
+/// The feed-forward layer; which linear layers it has depends on its kind, under the references' names.
+#[derive(Module, Debug)]
+pub struct Ffn {
+    /// MLP, first layer.
+    pub fc1: Option<Linear>,
+    /// MLP, second layer.
+    pub fc2: Option<Linear>,
+    /// Packed SwiGLU: gate and value.
+    pub w12: Option<Linear>,
+    /// SwiGLU: gate.
+    pub w1: Option<Linear>,
+    /// SwiGLU: value.
+    pub w2: Option<Linear>,
+    /// SwiGLU: output.
+    pub w3: Option<Linear>,
+}
+
+impl Ffn {
+    fn new(config: &VitConfig, init: &mut Init<impl Rng>) -> Self {
+        let (dim, hidden, bias) = (config.embed_dim, config.ffn_hidden, config.ffn_bias);
+        let mut ffn = Self { fc1: None, fc2: None, w12: None, w1: None, w2: None, w3: None };
+        match config.ffn {
+            FfnKind::Mlp => {
+                ffn.fc1 = Some(Linear::new(dim, hidden, bias, init));
+                ffn.fc2 = Some(Linear::new(hidden, dim, bias, init));
+            }
+            FfnKind::SwigluFused => {
+                ffn.w12 = Some(Linear::new(dim, 2 * hidden, bias, init));
+                ffn.w3 = Some(Linear::new(hidden, dim, bias, init));
+            }
+            FfnKind::Swiglu | FfnKind::Swiglu32 | FfnKind::Swiglu64 | FfnKind::Swiglu128 => {
+                ffn.w1 = Some(Linear::new(dim, hidden, bias, init));
+                ffn.w2 = Some(Linear::new(dim, hidden, bias, init));
+                ffn.w3 = Some(Linear::new(hidden, dim, bias, init));
+            }
+        }
+        ffn
+    }
+
+    /// `x [M, D]` → `[M, D]`.
+    ///
+    /// # Panics
+    /// If the layers do not make up one of the three kinds; the constructor makes them.
+    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        match (&self.fc1, &self.fc2, &self.w12, &self.w1, &self.w2, &self.w3) {
+            (Some(fc1), Some(fc2), None, None, None, None) => fc2.forward(kernels::gelu(fc1.forward(x))),
+            (None, None, Some(w12), None, None, Some(w3)) => {
+                let both = w12.forward(x);
+                let half = both.dims()[1] / 2;
+                let mut halves = both.split(half, 1).into_iter();
+                let (gate, value) = (halves.next().expect("gate"), halves.next().expect("value"));
+                w3.forward(activation::silu(gate) * value)
+            }
+            (None, None, None, Some(w1), Some(w2), Some(w3)) => {
+                w3.forward(activation::silu(w1.forward(x.clone())) * w2.forward(x))
+            }
+            _ => panic!("a feed-forward layer is an MLP, a packed SwiGLU or a SwiGLU"),
+        }
+    }
+}
+
+/// A pre-norm transformer block: attention and feed-forward, each a residual branch.
+#[derive(Module, Debug)]
+pub struct Block {
+    /// Before attention.
+    pub norm1: Norm,
+    /// Attention.
+    pub attn: SelfAttention,
+    /// Scale of the attention branch.
+    pub ls1: Option<LayerScale>,
+    /// Before the feed-forward layer.
+    pub norm2: Norm,
+    /// Feed-forward layer.
+    pub mlp: Ffn,
+    /// Scale of the feed-forward branch.
+    pub ls2: Option<LayerScale>,
+}
+
+impl Block {
+    pub(crate) fn new(config: &VitConfig, init: &mut Init<impl Rng>) -> Self {
+        let dim = config.embed_dim;
+        let scale = |init: &mut Init<_>| config.layer_scale_init.map(|v| LayerScale { gamma: init.constant([dim], v) });
+        Self {
+            norm1: Norm::new(dim, config.norm, config.norm_eps, init),
+            attn: SelfAttention::new(config, init),
+            ls1: scale(init),
+            norm2: Norm::new(dim, config.norm, config.norm_eps, init),
+            mlp: Ffn::new(config, init),
+            ls2: scale(init),
+        }
+    }
+
+    /// `x [B, N, D]` → `[B, N, D]`; `draws` are those of the attention and feed-forward branches.
+    pub fn forward(&self, x: Tensor<3>, rope: Option<&RopeTable>, draws: &[BranchDraw; 2]) -> Tensor<3> {
+        let x = branch(x, &draws[0], self.ls1.as_ref(), |x| self.attn.forward(self.norm1.forward_tokens(x), rope));
+        branch(x, &draws[1], self.ls2.as_ref(), |x| on_rows(x, |rows| self.mlp.forward(self.norm2.forward(rows))))
+    }
+}
+
+/// `x + gamma·f(x)`, under a draw of stochastic depth.
+fn branch(
+    x: Tensor<3>,
+    draw: &BranchDraw,
+    scale: Option<&LayerScale>,
+    f: impl FnOnce(Tensor<3>) -> Tensor<3>,
+) -> Tensor<3> {
+    let [batch, tokens, dim] = x.dims();
+    let gamma = scale.map(|scale| scale.gamma.val());
+    let scaled = |y: Tensor<3>| match &gamma {
+        Some(gamma) => y * gamma.clone().unsqueeze(),
+        None => y,
+    };
+    match draw {
+        BranchDraw::Keep => {
+            let rows = [batch * tokens, dim];
+            let y = f(x.clone()).reshape(rows);
+            kernels::residual(x.reshape(rows), y, gamma).reshape([batch, tokens, dim])
+        }
+        BranchDraw::Subset(kept) => {
+            let indices: Vec<i32> = kept.iter().map(|&i| i as i32).collect();
+            let indices = Tensor::<1, Int>::from_data(TensorData::from(indices.as_slice()), &x.device());
+            let y = scaled(f(x.clone().select(0, indices.clone())));
+            x.select_assign(0, indices, y * (batch as f64 / kept.len() as f64), IndexingUpdateOp::Add)
+        }
+        BranchDraw::Scale(factors) => {
+            let factors = Tensor::<1>::from_data(TensorData::from(factors.as_slice()), &x.device());
+            let y = scaled(f(x.clone()));
+            x + y * factors.reshape([batch, 1, 1])
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! The vision transformer of DINO, iBOT, DINOv2 and DINOv3.
+//!
+//! Tokens are ordered CLS, registers, patches (row by row). With learned positions (DINO … DINOv2) the table is added
+//! after masking and before the registers are put in; with RoPE (DINOv3) every block turns its queries and keys.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Bool, Device, Tensor};
+use dinoxide_kernels as kernels;
+use rand::Rng;
+
+use crate::{
+    config::VitConfig,
+    draws::{BranchDraw, StochasticDraws},
+    init::Init,
+    interpolation,
+    layers::{Block, Norm},
+    rope::{Rope, RopeDraw},
+};
+
+/// The convolution of stride = kernel = patch, computed as a linear layer on unfolded patches.
+#[derive(Module, Debug)]
+pub struct PatchEmbed {
+    /// The kernel and bias.
+    pub proj: PatchProjection,
+}
+
+/// Parameters of the patch projection in the layout of a convolution.
+#[derive(Module, Debug)]
+pub struct PatchProjection {
+    /// `[D, C, p, p]`.
+    pub weight: Param<Tensor<4>>,
+    /// `[D]`.
+    pub bias: Param<Tensor<1>>,
+}
+
+impl PatchEmbed {
+    /// `images [B, C, H, W]` → `[B, P, D]`, rows of patches first.
+    fn forward(&self, images: Tensor<4>) -> Tensor<3> {
+        let weight = self.proj.weight.val();
+        let [dim, channels, patch, _] = weight.dims();
+        let [batch, _, height, width] = images.dims();
+        let (rows, columns) = (height / patch, width / patch);
+        let unfolded = images
+            .reshape([batch, channels, rows, patch, columns, patch])
+            .permute([0, 2, 4, 1, 3, 5])
+            .reshape([batch * rows * columns, channels * patch * patch]);
+        let weight = weight.reshape([dim, channels * patch * patch]);
+        kernels::linear(unfolded, weight, Some(self.proj.bias.val())).reshape([batch, rows * columns, dim])
+    }
+}
+
+/// Which crops a training forward sees; local crops may have a final norm of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CropGroup {
+    /// Global crops, or any image outside training.
+    Global,
+    /// Local crops of the student in training.
+    Local,
+}
+
+/// What a forward gives.
+#[derive(Clone, Debug)]
+pub struct Features {
+    /// CLS after the final norm, `[B, D]`.
+    pub cls: Tensor<2>,
+    /// Registers after the final norm, `[B, R, D]`; `None` when there are none.
+    pub registers: Option<Tensor<3>>,
+    /// Patch tokens after the final norm, `[B, P, D]`.
+    pub patches: Tensor<3>,
+    /// All tokens before the final norm, `[B, N, D]`.
+    pub prenorm: Tensor<3>,
+}
+
+/// Tokens of one intermediate block.
+#[derive(Clone, Debug)]
+pub struct LayerFeatures {
+    /// `[B, D]`.
+    pub cls: Tensor<2>,
+    /// `[B, R, D]`; `None` when there are none.
+    pub registers: Option<Tensor<3>>,
+    /// `[B, P, D]`.
+    pub patches: Tensor<3>,
+}
+
+/// The backbone.
+#[derive(Module, Debug)]
+pub struct Vit {
+    /// `[1, 1, D]`.
+    pub cls_token: Param<Tensor<3>>,
+    /// `[1, 1 + grid², D]`, slot 0 for CLS; with learned positions.
+    pub pos_embed: Option<Param<Tensor<3>>>,
+    /// `[1, R, D]`; written as `storage_tokens` in weight files of models with RoPE, as DINOv3 names them.
+    pub register_tokens: Option<Param<Tensor<3>>>,
+    /// `[1, D]`, put in the place of masked patches.
+    pub mask_token: Option<Param<Tensor<2>>>,
+    /// Patches to tokens.
+    pub patch_embed: PatchEmbed,
+    /// The blocks.
+    pub blocks: Vec<Block>,
+    /// Final norm.
+    pub norm: Norm,
+    /// Final norm of CLS and registers, when untied.
+    pub cls_norm: Option<Norm>,
+    /// Final norm of CLS and registers of local crops in training, when untied.
+    pub local_cls_norm: Option<Norm>,
+    #[module(skip)]
+    rope: Option<Rope>,
+    #[module(skip)]
+    config: VitConfig,
+}
+
+impl Vit {
+    /// A backbone with fresh weights, initialised as the reference with the same kind of positions does.
+    ///
+    /// `config` must have passed [`VitConfig::check`].
+    pub fn new(config: &VitConfig, device: &Device, rng: &mut impl Rng) -> Self {
+        let dim = config.embed_dim;
+        let mut init = Init { rng, device };
+        // DINO and iBOT (no layer scale, no registers): 0.02; DINOv2: 1e-6; DINOv3: 0.02.
+        let v2 = config.learned.is_some() && config.layer_scale_init.is_some();
+        let token_std = if v2 { 1e-6 } else { 0.02 };
+        let bound = (1.0 / (config.in_channels * config.patch_size * config.patch_size) as f64).sqrt();
+        let norm = |init: &mut Init<_>| Norm::new(dim, config.norm, config.norm_eps, init);
+        Self {
+            cls_token: init.normal([1, 1, dim], token_std),
+            pos_embed: config.learned.as_ref().map(|l| init.normal([1, 1 + l.grid * l.grid, dim], 0.02)),
+            register_tokens: (config.register_tokens > 0).then(|| init.normal([1, config.register_tokens, dim], token_std)),
+            mask_token: config.mask_token.then(|| init.constant([1, dim], 0.0)),
+            patch_embed: PatchEmbed {
+                proj: PatchProjection {
+                    weight: init.uniform([dim, config.in_channels, config.patch_size, config.patch_size], bound),
+                    bias: init.uniform([dim], bound),
+                },
+            },
+            blocks: (0..config.depth).map(|_| Block::new(config, &mut init)).collect(),
+            norm: norm(&mut init),
+            cls_norm: config.untie_cls_and_patch_norms.then(|| norm(&mut init)),
+            local_cls_norm: config.untie_global_and_local_cls_norm.then(|| norm(&mut init)),
+            rope: config.rope.clone().map(|rope| Rope::new(rope, config.head_dim())),
+            config: config.clone(),
+        }
+    }
+
+    /// What this backbone is.
+    pub fn config(&self) -> &VitConfig {
+        &self.config
+    }
+
+    /// Its rotary embedding, when positions are rotary.
+    pub fn rope(&self) -> Option<&Rope> {
+        self.rope.as_ref()
+    }
+
+    /// Features of `images`, as the teacher and every evaluation compute them.
+    ///
+    /// # Shapes
+    /// `images [B, C, H, W]`, both sides multiples of the patch size; `mask [B, P]`, true = masked.
+    pub fn forward(&self, images: Tensor<4>, mask: Option<Tensor<2, Bool>>) -> Features {
+        self.forward_with(images, mask, CropGroup::Global, None)
+    }
+
+    /// The student's forward: under given draws of stochastic depth and RoPE augmentation, made for this batch size.
+    ///
+    /// # Shapes
+    /// As [`forward`](Self::forward).
+    pub fn forward_train(
+        &self,
+        images: Tensor<4>,
+        mask: Option<Tensor<2, Bool>>,
+        group: CropGroup,
+        draws: &StochasticDraws,
+    ) -> Features {
+        self.forward_with(images, mask, group, Some(draws))
+    }
+
+    fn forward_with(
+        &self,
+        images: Tensor<4>,
+        mask: Option<Tensor<2, Bool>>,
+        group: CropGroup,
+        draws: Option<&StochasticDraws>,
+    ) -> Features {
+        let mut last = None;
+        self.run_blocks(images, mask, draws, |_, x| last = Some(x.clone()));
+        let prenorm = last.expect("a backbone has at least one block");
+        let cls_norm = match (group, &self.local_cls_norm, &self.cls_norm) {
+            (CropGroup::Local, Some(local), _) if draws.is_some() => local,
+            (_, _, Some(cls)) => cls,
+            _ => &self.norm,
+        };
+        let LayerFeatures { cls, registers, patches } = self.split(prenorm.clone(), Some((cls_norm, &self.norm)));
+        Features { cls, registers, patches, prenorm }
+    }
+
+    /// Tokens after the given blocks (indices from 0), in ascending block order; with `norm`, after the final norm.
+    ///
+    /// # Shapes
+    /// As [`forward`](Self::forward).
+    pub fn forward_layers(&self, images: Tensor<4>, layers: &[usize], norm: bool) -> Vec<LayerFeatures> {
+        let mut found = Vec::with_capacity(layers.len());
+        self.run_blocks(images, None, None, |block, x| {
+            if layers.contains(&block) {
+                let norms = norm.then(|| (self.cls_norm.as_ref().unwrap_or(&self.norm), &self.norm));
+                found.push(self.split(x.clone(), norms));
+            }
+        });
+        found
+    }
+
+    /// Runs the blocks, showing each one's output.
+    fn run_blocks(
+        &self,
+        images: Tensor<4>,
+        mask: Option<Tensor<2, Bool>>,
+        draws: Option<&StochasticDraws>,
+        mut after: impl FnMut(usize, &Tensor<3>),
+    ) {
+        let [_, _, height, width] = images.dims();
+        let patch = self.config.patch_size;
+        assert!(height % patch == 0 && width % patch == 0, "{height}×{width} pixels are not tiled by patches of {patch}");
+        let grid = (height / patch, width / patch);
+        let device = images.device();
+        let prefix = 1 + self.config.register_tokens;
+        let table = |draw: &RopeDraw| self.rope.as_ref().map(|rope| rope.table(grid, prefix, draw, &device));
+        let still = if draws.is_none() { table(&RopeDraw::NONE) } else { None };
+        const KEEP: [BranchDraw; 2] = [BranchDraw::Keep, BranchDraw::Keep];
+        let mut x = self.tokens(images, mask, grid);
+        for (i, block) in self.blocks.iter().enumerate() {
+            x = match draws {
+                None => block.forward(x, still.as_ref(), &KEEP),
+                Some(draws) => {
+                    let turned = draws.rope.get(i).and_then(table);
+                    block.forward(x, turned.as_ref(), &draws.branches[i])
+                }
+            };
+            after(i, &x);
+        }
+    }
+
+    /// `[B, N, D]`: patches embedded, masked and positioned, with CLS and registers in front.
+    fn tokens(&self, images: Tensor<4>, mask: Option<Tensor<2, Bool>>, grid: (usize, usize)) -> Tensor<3> {
+        let mut patches = self.patch_embed.forward(images);
+        let [batch, count, dim] = patches.dims();
+        if let Some(mask) = mask {
+            let token = self.mask_token.as_ref().expect("a masked forward needs a model with a mask token").val();
+            let mask = mask.reshape([batch, count, 1]).expand([batch, count, dim]);
+            patches = patches.mask_where(mask, token.reshape([1, 1, dim]).expand([batch, count, dim]));
+        }
+        let mut cls = self.cls_token.val();
+        if let Some(table) = &self.pos_embed {
+            let table = self.positions(table.val(), grid);
+            cls = cls + table.clone().slice([0..1, 0..1]);
+            patches = patches + table.slice([0..1, 1..1 + count]);
+        }
+        let mut parts = vec![cls.expand([batch, 1, dim])];
+        if let Some(registers) = &self.register_tokens {
+            let registers = registers.val();
+            let count = registers.dims()[1];
+            parts.push(registers.expand([batch, count, dim]));
+        }
+        parts.push(patches);
+        Tensor::cat(parts, 1)
+    }
+
+    /// The learned table for another grid: CLS's slot as it is, the patches' slots interpolated.
+    ///
+    /// # Shapes
+    /// `[1, 1 + M², D]` → `[1, 1 + rows·columns, D]`.
+    pub fn positions(&self, table: Tensor<3>, grid: (usize, usize)) -> Tensor<3> {
+        let learned = self.config.learned.as_ref().expect("a learned table has its description");
+        let side = learned.grid;
+        if grid == (side, side) {
+            return table;
+        }
+        let dim = self.config.embed_dim;
+        let device = table.device();
+        // With an offset, PyTorch is given a scale factor and samples at its inverse, not at the ratio of the sizes.
+        let matrix = |size: usize| {
+            interpolation::bicubic(side, size, side as f64 / (size as f64 + learned.offset), learned.antialias)
+        };
+        let cls = table.clone().slice([0..1, 0..1]);
+        let patches = table.slice([0..1, 1..1 + side * side]).reshape([side, side, dim]);
+        let patches = interpolation::resize(patches, matrix(grid.0), matrix(grid.1), &device);
+        Tensor::cat(vec![cls, patches.reshape([1, grid.0 * grid.1, dim])], 1)
+    }
+
+    /// CLS, registers and patches of `[B, N, D]`, each after its norm.
+    fn split(&self, x: Tensor<3>, norms: Option<(&Norm, &Norm)>) -> LayerFeatures {
+        let [batch, tokens, dim] = x.dims();
+        let prefix = 1 + self.config.register_tokens;
+        let front = x.clone().slice([0..batch, 0..prefix]);
+        let patches = x.slice([0..batch, prefix..tokens]);
+        let (front, patches) = match norms {
+            None => (front, patches),
+            Some((front_norm, patch_norm)) => (front_norm.forward_tokens(front), patch_norm.forward_tokens(patches)),
+        };
+        LayerFeatures {
+            cls: front.clone().slice([0..batch, 0..1]).reshape([batch, dim]),
+            registers: (prefix > 1).then(|| front.slice([0..batch, 1..prefix])),
+            patches,
+        }
+    }
+}
