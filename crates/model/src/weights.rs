@@ -1,1 +1,287 @@
-//! w
+//! Weight files: safetensors with the references' parameter names, and what is needed to use them without a recipe.
+//!
+//! The header's metadata carries the backbone's complete [`VitConfig`] and the run it came from, so that evaluation needs
+//! the file alone. A load covers every tensor or is an error that lists what is missing, extra, or of another shape.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::{ModelError, Vit, VitConfig, layers, parameters};
+
+/// What can go wrong with a weight file.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightError {
+    /// The file system.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Not a readable safetensors file.
+    #[error("{}: not a readable safetensors file: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A safetensors file that does not describe its backbone.
+    #[error("{}: {reason}", path.display())]
+    NotABackbone {
+        /// The file.
+        path: PathBuf,
+        /// What is missing.
+        reason: String,
+    },
+    /// Tensors that do not cover the model exactly.
+    #[error("{}: the tensors do not cover the model exactly\n{}", path.display(), differences.join("\n"))]
+    Coverage {
+        /// The file.
+        path: PathBuf,
+        /// One line for each tensor that is missing, extra, or of another shape.
+        differences: Vec<String>,
+    },
+    /// A description of a model that cannot be built.
+    #[error("{}: {source}", path.display())]
+    Model {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        source: ModelError,
+    },
+}
+
+/// One tensor of a weight file, in single precision.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Weight {
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its values, row-major.
+    pub values: Vec<f32>,
+}
+
+/// Tensors by name, and the metadata of the header.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct WeightFile {
+    /// By name.
+    pub tensors: BTreeMap<String, Weight>,
+    /// Free text by key.
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl WeightFile {
+    /// Reads a file of single-precision tensors.
+    ///
+    /// # Errors
+    /// If it cannot be read, is no safetensors file, or holds another data type.
+    pub fn read(path: &Path) -> Result<Self, WeightError> {
+        let bytes = std::fs::read(path).map_err(|source| WeightError::Io { path: path.to_owned(), source })?;
+        Self::from_bytes(&bytes).map_err(|reason| WeightError::Format { path: path.to_owned(), reason })
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
+        let file = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
+        let mut tensors = BTreeMap::new();
+        for (name, view) in file.iter() {
+            if view.dtype() != Dtype::F32 {
+                return Err(format!("`{name}` is {:?}, expected F32", view.dtype()));
+            }
+            let values = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            tensors.insert(name.to_owned(), Weight { shape: view.shape().to_vec(), values });
+        }
+        let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
+        Ok(Self { tensors, metadata })
+    }
+
+    /// The file's bytes; the same contents give the same bytes.
+    ///
+    /// # Panics
+    /// If a tensor's values do not fill its shape.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let data: BTreeMap<&str, (Vec<u8>, &[usize])> = self
+            .tensors
+            .iter()
+            .map(|(name, w)| (name.as_str(), (w.values.iter().flat_map(|v| v.to_le_bytes()).collect(), w.shape.as_slice())))
+            .collect();
+        let views = data.iter().map(|(name, (bytes, shape))| {
+            (*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).expect("values fill the shape"))
+        });
+        // A hash map has no order of its own, and one entry needs none: everything of ours is in it.
+        let metadata = (!self.metadata.is_empty()).then(|| self.metadata.clone().into_iter().collect());
+        safetensors::serialize(views, metadata).expect("in-memory serialisation of checked tensors")
+    }
+
+    /// Writes the file so that a crash or a full disk leaves either the old file or the new one.
+    ///
+    /// # Errors
+    /// Whatever the file system says.
+    pub fn write(&self, path: &Path) -> Result<(), WeightError> {
+        write_atomically(path, &self.to_bytes()).map_err(|source| WeightError::Io { path: path.to_owned(), source })
+    }
+}
+
+/// Writes to a temporary file beside `path`, syncs it, and renames it into place.
+///
+/// # Errors
+/// Whatever the file system says; the temporary file is removed then.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::with_prefix_in(".writing-", folder)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|e| e.error)?;
+    Ok(())
+}
+
+/// What a weight file says of itself under the metadata key `dinoxide`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Description {
+    /// The backbone.
+    pub architecture: VitConfig,
+    /// Side of the global crops it was trained on, in pixels: the size at which to evaluate it by default.
+    pub image_size: usize,
+    /// Mean of the colour channels that images were normalised with, on [0, 1].
+    pub mean: [f32; 3],
+    /// Their standard deviation.
+    pub std: [f32; 3],
+    /// Where the weights come from.
+    pub provenance: Provenance,
+}
+
+/// Where weights come from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Provenance {
+    /// The recipe, as the run named it.
+    pub recipe: String,
+    /// Optimisation steps behind these weights; 0 for untrained ones.
+    pub steps: u64,
+    /// Images seen.
+    pub images: u64,
+    /// The training data, as the run named it.
+    pub data: String,
+    /// The version of this software.
+    pub software: String,
+}
+
+const DESCRIPTION_KEY: &str = "dinoxide";
+
+/// The name a parameter has in the reference's checkpoints; they differ from ours for one token.
+fn reference_name(config: &VitConfig, name: &str) -> String {
+    if config.rope.is_some() && name == "register_tokens" { "storage_tokens".to_owned() } else { name.to_owned() }
+}
+
+/// Buffers that DINOv3's checkpoints carry: computed, not trained.
+fn buffers(backbone: &Vit) -> Vec<(String, Vec<f32>)> {
+    let config = backbone.config();
+    let mut buffers = Vec::new();
+    if let Some(rope) = backbone.rope() {
+        buffers.push(("rope_embed.periods".to_owned(), rope.periods()));
+    }
+    if config.mask_k_bias && config.qkv_bias {
+        buffers.extend(
+            (0..config.depth).map(|i| (format!("blocks.{i}.attn.qkv.bias_mask"), layers::bias_mask(config.embed_dim))),
+        );
+    }
+    buffers
+}
+
+/// A backbone's weights under the references' names, with its description.
+///
+/// # Panics
+/// If a parameter cannot be read back from the device.
+pub fn backbone_file(backbone: &Vit, description: &Description) -> WeightFile {
+    let mut tensors = BTreeMap::new();
+    parameters::visit(backbone, |name, shape, value| {
+        let weight = Weight { shape: shape.to_vec(), values: host(value) };
+        tensors.insert(reference_name(backbone.config(), name), weight);
+    });
+    for (name, values) in buffers(backbone) {
+        tensors.insert(name, Weight { shape: vec![values.len()], values });
+    }
+    let json = serde_json::to_string(description).expect("a description is plain data");
+    // PyTorch's loaders ask for a format.
+    let metadata = [(DESCRIPTION_KEY.to_owned(), json), ("format".to_owned(), "pt".to_owned())];
+    WeightFile { tensors, metadata: metadata.into() }
+}
+
+/// The values of a flat tensor on the host.
+///
+/// # Panics
+/// If they cannot be read back from the device as single precision.
+pub fn host(value: Tensor<1>) -> Vec<f32> {
+    value.into_data().try_into_vec().expect("single-precision values can be read back from their device")
+}
+
+/// Loads the backbone that `path` describes.
+///
+/// # Errors
+/// A file that cannot be read, does not describe its backbone, or does not cover it exactly.
+pub fn load_backbone(path: &Path, device: &Device) -> Result<(Vit, Description), WeightError> {
+    let mut file = WeightFile::read(path)?;
+    let not = |reason: String| WeightError::NotABackbone { path: path.to_owned(), reason };
+    let json = file
+        .metadata
+        .get(DESCRIPTION_KEY)
+        .ok_or_else(|| not("no `dinoxide` entry in its metadata says what backbone this is".to_owned()))?;
+    let description: Description =
+        serde_json::from_str(json).map_err(|e| not(format!("its description of the backbone is not readable: {e}")))?;
+    let config = &description.architecture;
+    let model = |source| WeightError::Model { path: path.to_owned(), source };
+    config.check().map_err(model)?;
+    let needed: usize = file.tensors.values().map(|w| w.values.len()).sum();
+    if parameter_count(config) > needed.saturating_mul(2).saturating_add(1 << 20) {
+        return Err(not(format!("it describes a model of {} parameters and holds {needed}", parameter_count(config))));
+    }
+    // Every value is replaced below; the stream only fills memory.
+    let backbone = Vit::new(config, device, &mut dinoxide_random::stream(0, dinoxide_random::Purpose::Init, 0, 0));
+
+    let mut differences = Vec::new();
+    for (name, values) in buffers(&backbone) {
+        // A buffer is computed from the description; a file may lack it, but not contradict it.
+        if let Some(found) = file.tensors.remove(&name)
+            && (found.values.len() != values.len() || found.values.iter().zip(&values).any(|(a, b)| (a - b).abs() > 1e-3 * b.abs().max(1.0)))
+        {
+            differences.push(format!("  `{name}` does not hold what the description implies"));
+        }
+    }
+    for (name, shape) in parameters::shapes(&backbone) {
+        let name = reference_name(config, &name);
+        match file.tensors.get(&name) {
+            None => differences.push(format!("  missing: `{name}` {shape:?}")),
+            Some(found) if found.shape != shape => {
+                differences.push(format!("  `{name}` is {:?}, the model expects {shape:?}", found.shape));
+            }
+            Some(_) => {}
+        }
+    }
+    let expected: Vec<String> = parameters::shapes(&backbone).iter().map(|(n, _)| reference_name(config, n)).collect();
+    differences.extend(file.tensors.keys().filter(|n| !expected.contains(n)).map(|n| format!("  extra: `{n}`")));
+    if !differences.is_empty() {
+        return Err(WeightError::Coverage { path: path.to_owned(), differences });
+    }
+    let backbone = parameters::replace(backbone, |name, _| {
+        let weight = file.tensors.remove(&reference_name(config, name)).expect("coverage was checked");
+        let length = weight.values.len();
+        Tensor::from_data(TensorData::new(weight.values, [length]), device)
+    });
+    Ok((backbone, description))
+}
+
+/// A lower bound of a backbone's parameters, from its description alone: what a hostile file must be checked against
+/// before anything of that size is allocated.
+fn parameter_count(config: &VitConfig) -> usize {
+    let block = config.embed_dim.saturating_mul(config.embed_dim.saturating_mul(4) + config.ffn_hidden.saturating_mul(2));
+    let patch = config.embed_dim.saturating_mul(config.in_channels * config.patch_size).saturating_mul(config.patch_size);
+    let positions = config.learned.as_ref().map_or(0, |l| config.embed_dim.saturating_mul(l.grid * l.grid));
+    config.depth.saturating_mul(block).saturating_add(patch).saturating_add(positions)
+}

@@ -19,14 +19,12 @@ pub enum Purpose {
     Mask = 3,
     /// Initial weights. Counters: module, 0.
     Init = 4,
-    /// Stochastic depth. Counters: step, block and crop group.
-    DropPath = 5,
-    /// RoPE coordinate augmentation. Counters: step, block and crop group.
-    Rope = 6,
+    /// Stochastic depth and RoPE augmentation of a forward. Counters: step, micro-batch and crop group.
+    Forward = 5,
     /// Synthetic images. Counters: sample, 0.
-    Synthetic = 7,
+    Synthetic = 6,
     /// Sampling inside an evaluation. Counters: chosen by the protocol.
-    Evaluation = 8,
+    Evaluation = 7,
 }
 
 /// The stream for one use of randomness: ChaCha8 keyed by `(seed, purpose, a, b)`.
