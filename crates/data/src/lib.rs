@@ -1,1 +1,32 @@
-//! Image sources, decoding, sampling order and the parallel loader.
+//! Image sources, decoding, sampling order and the parallel loader. Host memory only: no tensors here.
+//!
+//! The way of a sample: a [`Source`] knows its images by index ([`FolderSource`], [`SyntheticSource`], or whatever
+//! [`open`] finds behind a spec); [`SampleOrder`] says which index stands at which position of an endless, shuffled run;
+//! [`SampleReader`] reads the image of a position, drawing another one where it cannot be decoded; [`Loader`] does that
+//! (and the caller's augmentation) on several threads and hands results out in order; [`BadImages`] keeps the list of what
+//! could not be read, and stops a run in which that is too much.
+//!
+//! Everything is a function of (seed, position). Neither the number of threads nor a resume changes a sample.
+
+mod config;
+mod decode;
+mod draw;
+mod error;
+mod folder;
+mod loader;
+mod order;
+mod source;
+mod synthetic;
+
+pub use config::DataConfig;
+pub use decode::{DecodeError, DecodeLimits, decode, decode_file};
+pub use draw::{BadImages, Drawn, Rejected, SampleReader};
+pub use error::{DataError, ReadError};
+pub use folder::FolderSource;
+pub use loader::{Loader, LoaderError};
+pub use order::SampleOrder;
+pub use source::{GroundTruth, Source, open};
+pub use synthetic::{Split, SyntheticConfig, SyntheticSource};
+
+#[cfg(test)]
+mod testing;

@@ -1,1 +1,46 @@
-//! Frozen-feature evaluations: k-NN, linear probe, effective rank.
+//! Evaluations of a frozen backbone: what its features are worth, measured without changing it.
+//!
+//! Everything here works on features that are already extracted, held on the host as row-major `f32` matrices
+//! ([`Features`]); the large matrix products run on the device that the caller names. A result is a [`Report`]: the
+//! scores together with the [`Protocol`] they were obtained under, because a score without its protocol cannot be
+//! compared with another.
+//!
+//! - [`mod@knn`]: weighted k-nearest neighbours, no training.
+//! - [`linear`]: linear classifiers trained by SGD, a grid of learning rates at once.
+//! - [`logistic`]: multinomial logistic regression to convergence, a grid of regularisation strengths.
+//! - [`spectrum`]: effective rank and other signs of collapse, no labels.
+//! - [`segmentation`], [`depth`]: the arithmetic of the dense-prediction metrics.
+
+pub mod accuracy;
+pub mod depth;
+pub mod error;
+pub mod extract;
+pub mod features;
+pub mod knn;
+pub mod labels;
+mod lbfgs;
+pub mod linear;
+mod linear_probe;
+pub mod logistic;
+pub mod neighbors;
+pub mod protocol;
+pub mod segmentation;
+pub mod selection;
+pub mod spectrum;
+#[cfg(test)]
+mod test_data;
+mod top_k;
+
+pub use accuracy::Accuracy;
+pub use error::EvaluationError;
+pub use extract::{Extracted, Extraction, extract};
+pub use features::Features;
+pub use knn::{KnnConfig, KnnScores, knn};
+pub use labels::LabeledFeatures;
+pub use linear::{FeatureSet, LinearConfig, LinearProgress, LinearScores, linear};
+pub use logistic::{LogisticConfig, LogisticModel, LogisticScores, logistic};
+pub use neighbors::{Neighbor, nearest_neighbors};
+pub use protocol::{FeatureSource, Method, Protocol, Report, Token};
+pub use segmentation::{ConfusionMatrix, SegmentationScores};
+pub use selection::Selection;
+pub use spectrum::{SpectrumScores, spectrum};

@@ -1,0 +1,129 @@
+//! Features of images from a frozen backbone: what every evaluation starts from.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use dinoxide_augmentation::{EvalTransform, Resizer, RgbImage, normalize};
+use dinoxide_data::{Rejected, Source};
+use dinoxide_model::{Vit, weights::host};
+use rayon::prelude::*;
+
+use crate::{EvaluationError, Features, LabeledFeatures};
+
+/// How features are extracted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Extraction {
+    /// Length of the shorter image side after resizing, in pixels.
+    pub resize_px: usize,
+    /// Side of the central crop, in pixels.
+    pub crop_px: usize,
+    /// Mean of the colour channels.
+    pub mean: [f32; 3],
+    /// Their standard deviation.
+    pub std: [f32; 3],
+    /// CLS tokens of this many last blocks.
+    pub last_blocks: usize,
+    /// Images in one forward.
+    pub batch: usize,
+}
+
+/// Features of a set of images, row by row in the order asked for.
+#[derive(Clone, Debug)]
+pub struct Extracted {
+    /// CLS tokens of the last blocks after the final norm, oldest block first; each `[n, D]`.
+    pub cls: Vec<Features>,
+    /// Mean patch token of the last block after the final norm, `[n, D]`.
+    pub patch_mean: Features,
+    /// The index in the source of each row.
+    pub indices: Vec<usize>,
+    /// Images that could not be read and have no row.
+    pub rejected: Vec<Rejected>,
+}
+
+impl Extracted {
+    /// The CLS tokens of the last block.
+    ///
+    /// # Panics
+    /// Never: [`extract`] refuses to extract no block.
+    pub fn last_cls(&self) -> &Features {
+        self.cls.last().expect("at least one block")
+    }
+
+    /// `features`, which must be of these rows, with the labels of the source.
+    ///
+    /// # Errors
+    /// If the source is not labelled.
+    pub fn labeled(&self, features: &Features, source: &dyn Source) -> Result<LabeledFeatures, EvaluationError> {
+        let labels: Option<Vec<u32>> = self.indices.iter().map(|&index| source.label(index)).collect();
+        LabeledFeatures::new(features.clone(), labels.ok_or(EvaluationError::Unlabelled)?, source.classes().len())
+    }
+}
+
+/// Runs `backbone` over the images `indices` of `source`. Images that cannot be read are left out and listed.
+///
+/// `progress` is called with the number of images done.
+///
+/// # Errors
+/// Sizes that do not fit, no readable image, or features that are not finite.
+pub fn extract(
+    backbone: &Vit,
+    source: &dyn Source,
+    indices: &[usize],
+    how: &Extraction,
+    device: &Device,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Extracted, EvaluationError> {
+    let depth = backbone.config().depth;
+    let extraction = |message: String| EvaluationError::Extraction { message };
+    let transform = EvalTransform::new(how.resize_px, how.crop_px).map_err(|e| extraction(e.to_string()))?;
+    backbone.config().grid(how.crop_px, how.crop_px).map_err(|e| extraction(e.to_string()))?;
+    if how.last_blocks == 0 || how.last_blocks > depth {
+        return Err(EvaluationError::BlockCount { asked: how.last_blocks, available: depth });
+    }
+    let layers: Vec<usize> = (depth - how.last_blocks..depth).collect();
+    let dim = backbone.config().embed_dim;
+
+    let mut cls = vec![Vec::new(); layers.len()];
+    let mut patch_mean = Vec::new();
+    let mut rows = Vec::with_capacity(indices.len());
+    let mut rejected = Vec::new();
+    for chunk in indices.chunks(how.batch.max(1)) {
+        let read: Vec<Result<RgbImage, Rejected>> = chunk
+            .par_iter()
+            .map(|&index| match source.read(index) {
+                Ok(image) => Ok(transform.apply(&image, &mut Resizer::default())),
+                Err(e) => Err(Rejected { index, id: e.id, reason: e.reason.to_string() }),
+            })
+            .collect();
+        let mut images = Vec::with_capacity(chunk.len());
+        for (&index, outcome) in chunk.iter().zip(read) {
+            match outcome {
+                Ok(image) => {
+                    rows.push(index);
+                    images.push(image);
+                }
+                Err(why) => rejected.push(why),
+            }
+        }
+        if !images.is_empty() {
+            let side = how.crop_px;
+            let pixels = normalize(images.iter(), (side as u32, side as u32), how.mean, how.std);
+            let pixels = Tensor::from_data(TensorData::new(pixels, [images.len(), 3, side, side]), device);
+            let found = backbone.forward_layers(pixels, &layers, true);
+            for (into, layer) in cls.iter_mut().zip(&found) {
+                into.extend(host(layer.cls.clone().reshape([-1])));
+            }
+            let last = found.into_iter().next_back().expect("at least one block");
+            patch_mean.extend(host(last.patches.mean_dim(1).reshape([-1])));
+        }
+        progress(rows.len() + rejected.len());
+    }
+    if rows.is_empty() {
+        return Err(extraction(format!("none of the {} images could be read", indices.len())));
+    }
+    let features = |values: Vec<f32>| Features::new(rows.len(), dim, values);
+    Ok(Extracted {
+        cls: cls.into_iter().map(features).collect::<Result<_, _>>()?,
+        patch_mean: features(patch_mean)?,
+        indices: rows.clone(),
+        rejected,
+    })
+}
