@@ -40,7 +40,7 @@ pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>
     let head_dim = width / num_heads;
     // [B, N, 3, H, d] -> [3, B, H, N, d]
     let parts = qkv.reshape([batch, tokens, 3, num_heads, head_dim]).permute([2, 0, 3, 1, 4]);
-    let part = |i: usize| parts.clone().slice([i..i + 1]).reshape([batch, num_heads, tokens, head_dim]);
+    let part = |i: usize| parts.clone().narrow(0, i, 1).reshape([batch, num_heads, tokens, head_dim]);
     let (mut q, mut k, v) = (part(0), part(1), part(2));
     if let Some(table) = rope {
         q = rotate(q, table);

@@ -3,10 +3,18 @@
 //! A function here is the only place where its operation is written down for every backend: the model calls
 //! [`self_attention`], and how attention runs (composed from tensor operations, or as one fused pass with a hand-written
 //! backward) is decided here. [`composed`] holds the plain versions, which define what the operations compute.
+//!
+//! On burn's CPU backend `flex`, f32 tensors take the fused versions, on processors that have vector instructions with
+//! fused multiply-add (every x86-64 since AVX2, every 64-bit ARM). They equal the composed ones to rounding, give the same
+//! bits in every run, and do no work for the gradients of inputs that are not tracked. Everything else is composed.
 
 pub mod composed;
+mod flex;
 
+use burn::backend::Dispatch;
 use burn::tensor::Tensor;
+
+use flex::{Attention, FlexKernels, Gelu, LayerNorm, Linear, Residual, RotaryAttention};
 
 /// Cosine and sine tables of a rotary position embedding, one row per token.
 ///
@@ -26,7 +34,14 @@ pub struct RopeTable {
 /// # Shapes
 /// `x [M, in]`, `weight [out, in]`, `bias [out]` → `[M, out]`.
 pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
-    composed::linear(x, weight, bias)
+    if !flex::supports(&x.device(), x.dtype()) {
+        return composed::linear(x, weight, bias);
+    }
+    let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+    Tensor::from_dispatch(match bias {
+        Some(bias) => Dispatch::ternary(x, weight, bias.into_dispatch(), Linear),
+        None => Dispatch::binary(x, weight, Linear),
+    })
 }
 
 /// Layer normalisation over the last axis: `(x − mean)/√(var + eps)·weight + bias`, with the biased variance.
@@ -34,12 +49,19 @@ pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tenso
 /// # Shapes
 /// `x [M, D]`, `weight [D]`, `bias [D]` → `[M, D]`.
 pub fn layer_norm(x: Tensor<2>, weight: Tensor<1>, bias: Tensor<1>, eps: f64) -> Tensor<2> {
-    composed::layer_norm(x, weight, bias, eps)
+    if !flex::supports(&x.device(), x.dtype()) {
+        return composed::layer_norm(x, weight, bias, eps);
+    }
+    let (x, weight, bias) = (x.into_dispatch(), weight.into_dispatch(), bias.into_dispatch());
+    Tensor::from_dispatch(Dispatch::ternary(x, weight, bias, LayerNorm { eps }))
 }
 
 /// The exact Gaussian error linear unit, `x·Φ(x)` with `Φ` through `erf`.
 pub fn gelu(x: Tensor<2>) -> Tensor<2> {
-    composed::gelu(x)
+    if !flex::supports(&x.device(), x.dtype()) {
+        return composed::gelu(x);
+    }
+    Tensor::from_dispatch(Dispatch::unary(x.into_dispatch(), Gelu))
 }
 
 /// `x + branch·gamma`: the residual connection with an optional layer scale (Touvron et al. 2021, "Going deeper with Image
@@ -48,7 +70,14 @@ pub fn gelu(x: Tensor<2>) -> Tensor<2> {
 /// # Shapes
 /// `x [M, D]`, `branch [M, D]`, `gamma [D]` → `[M, D]`.
 pub fn residual(x: Tensor<2>, branch: Tensor<2>, gamma: Option<Tensor<1>>) -> Tensor<2> {
-    composed::residual(x, branch, gamma)
+    if !flex::supports(&x.device(), x.dtype()) {
+        return composed::residual(x, branch, gamma);
+    }
+    let (x, branch) = (x.into_dispatch(), branch.into_dispatch());
+    Tensor::from_dispatch(match gamma {
+        Some(gamma) => Dispatch::ternary(x, branch, gamma.into_dispatch(), Residual),
+        None => Dispatch::binary(x, branch, Residual),
+    })
 }
 
 /// Multi-head self-attention `softmax(q·kᵀ/√d)·v` on a packed projection, with rotary positions applied to `q` and `k`.
@@ -57,5 +86,15 @@ pub fn residual(x: Tensor<2>, branch: Tensor<2>, gamma: Option<Tensor<1>>) -> Te
 /// `qkv [B, N, 3·D]`, where the last axis is `q`, `k`, `v` in this order and head-major inside each → `[B, N, D]`, with
 /// `d = D / num_heads`. `rope` tables are `[N, d]`.
 pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
-    composed::self_attention(qkv, num_heads, rope)
+    if !flex::supports(&qkv.device(), qkv.dtype()) {
+        return composed::self_attention(qkv, num_heads, rope);
+    }
+    let qkv = qkv.into_dispatch();
+    Tensor::from_dispatch(match rope {
+        Some(RopeTable { cos, sin }) => {
+            let (cos, sin) = (cos.clone().into_dispatch(), sin.clone().into_dispatch());
+            Dispatch::ternary(qkv, cos, sin, RotaryAttention { num_heads })
+        }
+        None => Dispatch::unary(qkv, Attention { num_heads }),
+    })
 }

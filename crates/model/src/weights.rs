@@ -86,7 +86,11 @@ impl WeightFile {
         Self::from_bytes(&bytes).map_err(|reason| WeightError::Format { path: path.to_owned(), reason })
     }
 
-    fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
+    /// As [`read`](Self::read), from memory.
+    ///
+    /// # Errors
+    /// What is wrong with the bytes.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
         let file = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
         let mut tensors = BTreeMap::new();
@@ -109,7 +113,9 @@ impl WeightFile {
         let data: BTreeMap<&str, (Vec<u8>, &[usize])> = self
             .tensors
             .iter()
-            .map(|(name, w)| (name.as_str(), (w.values.iter().flat_map(|v| v.to_le_bytes()).collect(), w.shape.as_slice())))
+            .map(|(name, w)| {
+                (name.as_str(), (w.values.iter().flat_map(|v| v.to_le_bytes()).collect(), w.shape.as_slice()))
+            })
             .collect();
         let views = data.iter().map(|(name, (bytes, shape))| {
             (*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).expect("values fill the shape"))
@@ -249,7 +255,8 @@ pub fn load_backbone(path: &Path, device: &Device) -> Result<(Vit, Description),
     for (name, values) in buffers(&backbone) {
         // A buffer is computed from the description; a file may lack it, but not contradict it.
         if let Some(found) = file.tensors.remove(&name)
-            && (found.values.len() != values.len() || found.values.iter().zip(&values).any(|(a, b)| (a - b).abs() > 1e-3 * b.abs().max(1.0)))
+            && (found.values.len() != values.len()
+                || found.values.iter().zip(&values).any(|(a, b)| (a - b).abs() > 1e-3 * b.abs().max(1.0)))
         {
             differences.push(format!("  `{name}` does not hold what the description implies"));
         }
@@ -280,8 +287,10 @@ pub fn load_backbone(path: &Path, device: &Device) -> Result<(Vit, Description),
 /// A lower bound of a backbone's parameters, from its description alone: what a hostile file must be checked against
 /// before anything of that size is allocated.
 fn parameter_count(config: &VitConfig) -> usize {
-    let block = config.embed_dim.saturating_mul(config.embed_dim.saturating_mul(4) + config.ffn_hidden.saturating_mul(2));
-    let patch = config.embed_dim.saturating_mul(config.in_channels * config.patch_size).saturating_mul(config.patch_size);
+    let block =
+        config.embed_dim.saturating_mul(config.embed_dim.saturating_mul(4) + config.ffn_hidden.saturating_mul(2));
+    let patch =
+        config.embed_dim.saturating_mul(config.in_channels * config.patch_size).saturating_mul(config.patch_size);
     let positions = config.learned.as_ref().map_or(0, |l| config.embed_dim.saturating_mul(l.grid * l.grid));
     config.depth.saturating_mul(block).saturating_add(patch).saturating_add(positions)
 }

@@ -1,1 +1,20 @@
-//! The recipe, the training step, the loop and the run directory.
+//! Training by self-distillation: the recipe, the step, the loop and the run directory.
+//!
+//! Read [`step::train_step`] first: it is one optimisation step on one screen. [`run::train`] is the loop around it.
+
+pub mod batch;
+pub mod checkpoint;
+pub mod duration;
+pub mod error;
+pub mod metrics;
+pub mod monitor;
+pub mod network;
+pub mod optimizer;
+pub mod recipe;
+pub mod run;
+pub mod schedule;
+pub mod step;
+
+pub use error::TrainError;
+pub use recipe::Recipe;
+pub use run::{Event, Outcome, train};

@@ -8,12 +8,14 @@
 //!
 //! Tasks are images when there are enough of them for every thread, else heads; both give the same bits.
 
+mod head;
+
 use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::gemm::{Destination, Matrix, Threads, multiply_into};
+use self::head::{Head, Place, Rotation, Scratch};
 use super::operation::Operation;
-use super::{contiguous, elements, simd, tensor};
+use super::{contiguous, elements, tensor};
 
 /// Scores that a task holds at a time: 256 KiB.
 const SCORES: usize = 64 * 1024;
@@ -92,7 +94,7 @@ impl Sizes {
     fn new(qkv: &FlexTensor, heads: usize) -> Self {
         let [batch, tokens, packed] = qkv.layout().shape().dims();
         assert!(
-            heads > 0 && packed % (3 * heads) == 0,
+            heads > 0 && packed.is_multiple_of(3 * heads),
             "self_attention: {packed} packed features are not 3 times {heads} heads of one width"
         );
         Self { batch, tokens, heads, head_dim: packed / (3 * heads) }
@@ -118,92 +120,6 @@ impl Sizes {
     fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
-}
-
-/// The tables of a rotary embedding.
-#[derive(Clone, Copy)]
-struct Rotation<'a> {
-    cos: &'a [f32],
-    sin: &'a [f32],
-}
-
-impl<'a> Rotation<'a> {
-    fn new(cos: &'a FlexTensor, sin: &'a FlexTensor, sizes: Sizes) -> Self {
-        let wanted = [sizes.tokens, sizes.head_dim];
-        let (cos_dims, sin_dims) = (super::dims2(cos), super::dims2(sin));
-        assert!(
-            cos_dims == wanted && sin_dims == wanted,
-            "self_attention: rope tables {cos_dims:?} and {sin_dims:?}, sequence and head width {wanted:?}"
-        );
-        assert!(sizes.head_dim % 2 == 0, "self_attention: rope needs an even head width, not {}", sizes.head_dim);
-        Self { cos: elements(cos), sin: elements(sin) }
-    }
-
-    /// `[a·cos − b·sin, b·cos + a·sin]` on the two halves `a`, `b` of the row of `token`.
-    #[inline(always)]
-    fn apply(&self, row: &mut [f32], token: usize) {
-        let (a, b) = row.split_at_mut(row.len() / 2);
-        let ((cos_a, cos_b), (sin_a, sin_b)) = self.halves(token, a.len());
-        for i in 0..a.len() {
-            (a[i], b[i]) = (a[i] * cos_a[i] - b[i] * sin_a[i], b[i] * cos_b[i] + a[i] * sin_b[i]);
-        }
-    }
-
-    /// The transposed map, which takes gradients back.
-    #[inline(always)]
-    fn apply_transposed(&self, row: &mut [f32], token: usize) {
-        let (a, b) = row.split_at_mut(row.len() / 2);
-        let ((cos_a, cos_b), (sin_a, sin_b)) = self.halves(token, a.len());
-        for i in 0..a.len() {
-            (a[i], b[i]) = (a[i] * cos_a[i] + b[i] * sin_b[i], b[i] * cos_b[i] - a[i] * sin_a[i]);
-        }
-    }
-
-    #[inline(always)]
-    fn halves(&self, token: usize, half: usize) -> ((&[f32], &[f32]), (&[f32], &[f32])) {
-        let range = token * 2 * half..(token + 1) * 2 * half;
-        (self.cos[range.clone()].split_at(half), self.sin[range].split_at(half))
-    }
-}
-
-/// Where the rows of one head lie in a slice: part `p` (of one, or of `q`, `k`, `v`) of a token starts at
-/// `token·row + p·part + first`.
-#[derive(Clone, Copy)]
-struct Place {
-    row: usize,
-    part: usize,
-    first: usize,
-}
-
-impl Place {
-    /// Head `head` among all of them, in rows of `parts` times the width.
-    fn among_heads(sizes: Sizes, parts: usize, head: usize) -> Self {
-        Self { row: parts * sizes.width(), part: sizes.width(), first: head * sizes.head_dim }
-    }
-
-    /// A head alone.
-    fn alone(sizes: Sizes, parts: usize) -> Self {
-        Self { row: parts * sizes.head_dim, part: sizes.head_dim, first: 0 }
-    }
-
-    #[inline(always)]
-    fn start(&self, token: usize, part: usize) -> usize {
-        token * self.row + part * self.part + self.first
-    }
-}
-
-/// Memory of one task, kept from head to head.
-#[derive(Default)]
-struct Scratch {
-    q: Vec<f32>,
-    k: Vec<f32>,
-    probabilities: Vec<f32>,
-    /// The gradients of the probabilities, then of the scores.
-    dscores: Vec<f32>,
-    dq: Vec<f32>,
-    dk: Vec<f32>,
-    /// One over the sum of each row of the block before it was normalised.
-    inverse_sums: Vec<f32>,
 }
 
 /// Calls `f(image, head, slice, place, scratch)` for every head, where the head's rows lie at `place` of the slice, and
@@ -244,148 +160,6 @@ fn for_each_head(
     out
 }
 
-/// The packed rows of one head of one image.
-#[derive(Clone, Copy)]
-struct Head<'a> {
-    sizes: Sizes,
-    packed: &'a [f32],
-    place: Place,
-    rotation: Option<Rotation<'a>>,
-}
-
-impl<'a> Head<'a> {
-    fn new(qkv: &'a [f32], sizes: Sizes, image: usize, head: usize, rotation: Option<Rotation<'a>>) -> Self {
-        let len = sizes.tokens * 3 * sizes.width();
-        Self { sizes, packed: &qkv[image * len..][..len], place: Place::among_heads(sizes, 3, head), rotation }
-    }
-
-    /// Copies `q` (scaled) and `k`, rotated.
-    fn gather(&self, scratch: &mut Scratch) {
-        let Sizes { tokens, head_dim, .. } = self.sizes;
-        scratch.q.resize(tokens * head_dim, 0.0);
-        scratch.k.resize(tokens * head_dim, 0.0);
-        let scale = self.sizes.scale();
-        simd::vectorized(
-            #[inline(always)]
-            || {
-                for (part, rows) in [&mut scratch.q, &mut scratch.k].into_iter().enumerate() {
-                    for (token, row) in rows.chunks_exact_mut(head_dim).enumerate() {
-                        row.copy_from_slice(&self.packed[self.place.start(token, part)..][..head_dim]);
-                        if let Some(rotation) = self.rotation {
-                            rotation.apply(row, token);
-                        }
-                        if part == 0 {
-                            row.iter_mut().for_each(|v| *v *= scale);
-                        }
-                    }
-                }
-            },
-        );
-    }
-
-    fn v(&self) -> Matrix<'a> {
-        let Sizes { tokens, head_dim, .. } = self.sizes;
-        Matrix::strided(&self.packed[self.place.start(0, 2)..], tokens, head_dim, self.place.row)
-    }
-
-    /// The exponentials of the scores of `count` query rows from `first`, shifted by the largest of each row, and one over
-    /// their sums.
-    fn exponentials(&self, first: usize, count: usize, scratch: &mut Scratch) {
-        let Sizes { tokens, head_dim, .. } = self.sizes;
-        let Scratch { q, k, probabilities, inverse_sums, .. } = scratch;
-        probabilities.resize(count * tokens, 0.0);
-        inverse_sums.resize(count, 0.0);
-        let q = Matrix::new(&q[first * head_dim..], count, head_dim);
-        let k = Matrix::new(k, tokens, head_dim);
-        multiply_into(probabilities, tokens, Destination::Overwrite, 1.0, q, k.t(), Threads::One);
-        simd::vectorized(
-            #[inline(always)]
-            || {
-                for (row, inverse) in probabilities.chunks_exact_mut(tokens).zip(inverse_sums) {
-                    *inverse = 1.0 / simd::exp_and_sum(row, simd::max(row));
-                }
-            },
-        );
-    }
-
-    fn forward(&self, out: &mut [f32], place: Place, scratch: &mut Scratch) {
-        let Sizes { tokens, head_dim, .. } = self.sizes;
-        self.gather(scratch);
-        for first in (0..tokens).step_by(self.sizes.block()) {
-            let count = self.sizes.block().min(tokens - first);
-            self.exponentials(first, count, scratch);
-            let rows = &mut out[place.start(first, 0)..];
-            let exponentials = Matrix::new(&scratch.probabilities, count, tokens);
-            multiply_into(rows, place.row, Destination::Overwrite, 1.0, exponentials, self.v(), Threads::One);
-            // The rows of the result are shorter than those of the probabilities: they are the ones to normalise.
-            simd::vectorized(
-                #[inline(always)]
-                || {
-                    for (row, inverse) in rows.chunks_mut(place.row).zip(&scratch.inverse_sums) {
-                        row[..head_dim].iter_mut().for_each(|v| *v *= inverse);
-                    }
-                },
-            );
-        }
-    }
-
-    /// Writes the gradients of `q`, `k`, `v` to `dqkv`, given that of the result in the image's rows `grad`.
-    fn backward(&self, grad: &[f32], dqkv: &mut [f32], place: Place, scratch: &mut Scratch) {
-        let Sizes { tokens, head_dim, .. } = self.sizes;
-        self.gather(scratch);
-        scratch.dq.resize(tokens * head_dim, 0.0);
-        scratch.dk.resize(tokens * head_dim, 0.0);
-        for first in (0..tokens).step_by(self.sizes.block()) {
-            let count = self.sizes.block().min(tokens - first);
-            let destination = if first == 0 { Destination::Overwrite } else { Destination::Accumulate };
-            self.exponentials(first, count, scratch);
-            let Scratch { q, k, probabilities, dscores, dq, dk, inverse_sums } = scratch;
-            dscores.resize(count * tokens, 0.0);
-
-            let grad_start = first * self.sizes.width() + self.place.first;
-            let grad = Matrix::strided(&grad[grad_start..], count, head_dim, self.sizes.width());
-            multiply_into(dscores, tokens, Destination::Overwrite, 1.0, grad, self.v().t(), Threads::One);
-            simd::vectorized(
-                #[inline(always)]
-                || {
-                    let rows = probabilities.chunks_exact_mut(tokens).zip(dscores.chunks_exact_mut(tokens));
-                    for ((p, ds), &inverse) in rows.zip(inverse_sums.iter()) {
-                        let mean = simd::dot(p, ds) * inverse;
-                        for (p, ds) in p.iter_mut().zip(ds) {
-                            *p *= inverse;
-                            *ds = *p * (*ds - mean);
-                        }
-                    }
-                },
-            );
-
-            let p = Matrix::new(probabilities, count, tokens);
-            let dv = &mut dqkv[place.start(0, 2)..];
-            multiply_into(dv, place.row, destination, 1.0, p.t(), grad, Threads::One);
-            let ds = Matrix::new(dscores, count, tokens);
-            let k = Matrix::new(k, tokens, head_dim);
-            let dq = &mut dq[first * head_dim..];
-            multiply_into(dq, head_dim, Destination::Overwrite, self.sizes.scale(), ds, k, Threads::One);
-            // `q` carries the scale already.
-            let q = Matrix::new(&q[first * head_dim..], count, head_dim);
-            multiply_into(dk, head_dim, destination, 1.0, ds.t(), q, Threads::One);
-        }
-        simd::vectorized(
-            #[inline(always)]
-            || {
-                for (part, rows) in [&mut scratch.dq, &mut scratch.dk].into_iter().enumerate() {
-                    for (token, row) in rows.chunks_exact_mut(head_dim).enumerate() {
-                        if let Some(rotation) = self.rotation {
-                            rotation.apply_transposed(row, token);
-                        }
-                        dqkv[place.start(token, part)..][..head_dim].copy_from_slice(row);
-                    }
-                }
-            },
-        );
-    }
-}
-
 fn forward(qkv: &[f32], sizes: Sizes, rotation: Option<Rotation>) -> Vec<f32> {
     for_each_head(sizes, 1, |image, head, out, place, scratch| {
         Head::new(qkv, sizes, image, head, rotation).forward(out, place, scratch);
@@ -398,4 +172,173 @@ fn backward(qkv: &[f32], grad: &[f32], sizes: Sizes, rotation: Option<Rotation>)
         let grad = &grad[image * image_len..][..image_len];
         Head::new(qkv, sizes, image, head, rotation).backward(grad, dqkv, place, scratch);
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Tensor;
+
+    use super::SCORES;
+    use crate::flex::testing::{Case, assert_same, numbers, run};
+    use crate::{RopeTable, composed, self_attention};
+
+    /// A table of rotations whose first `prefix` tokens stay as they are.
+    fn table(cos: Tensor<2>, sin: Tensor<2>, prefix: usize) -> RopeTable {
+        let [tokens, head_dim] = cos.dims();
+        let (device, width) = (cos.device(), 0..head_dim);
+        let ones = Tensor::ones([prefix, head_dim], &device);
+        let zeros = Tensor::zeros([prefix, head_dim], &device);
+        RopeTable {
+            cos: Tensor::cat(vec![ones, cos.slice([prefix..tokens, width.start..width.end])], 0),
+            sin: Tensor::cat(vec![zeros, sin.slice([prefix..tokens, width.start..width.end])], 0),
+        }
+    }
+
+    fn compare(batch: usize, tokens: usize, heads: usize, head_dim: usize, rope: bool, tracked: bool) {
+        let packed: &[usize] = &[batch, tokens, 3 * heads * head_dim];
+        if rope {
+            let rows: &[usize] = &[tokens, head_dim];
+            let case = Case::new(&[packed, rows, rows], &[tracked, false, false]).scaled(2.0);
+            let prefix = tokens.min(3) - 1;
+            assert_same(
+                &case,
+                |t| self_attention(t.cube(0), heads, Some(&table(t.matrix(1), t.matrix(2), prefix))),
+                |t| composed::self_attention(t.cube(0), heads, Some(&table(t.matrix(1), t.matrix(2), prefix))),
+            );
+        } else {
+            let case = Case::new(&[packed], &[tracked]).scaled(2.0);
+            assert_same(
+                &case,
+                |t| self_attention(t.cube(0), heads, None),
+                |t| composed::self_attention(t.cube(0), heads, None),
+            );
+        }
+    }
+
+    #[test]
+    fn equals_composed_with_and_without_rotation_and_gradients() {
+        let mut cases = 0;
+        // One token; few images, which are split into heads; many, which are not; widths that no vector divides.
+        for (batch, tokens, heads, head_dim) in
+            [(1, 1, 1, 2), (2, 5, 3, 8), (9, 10, 2, 12), (3, 41, 1, 16), (2, 37, 6, 64), (70, 4, 5, 6)]
+        {
+            for rope in [false, true] {
+                for tracked in [false, true] {
+                    compare(batch, tokens, heads, head_dim, rope, tracked);
+                    cases += 1;
+                }
+            }
+        }
+        for (batch, tokens, heads, head_dim) in [(2, 1, 4, 1), (3, 7, 2, 13)] {
+            compare(batch, tokens, heads, head_dim, false, true);
+            cases += 1;
+        }
+        assert_eq!(cases, 26);
+    }
+
+    #[test]
+    fn sequence_of_several_blocks_equals_composed() {
+        let tokens = 600;
+        assert!(tokens * tokens > 4 * SCORES, "the sequence has to be longer than a block");
+        compare(1, tokens, 2, 24, true, true);
+        compare(1, tokens, 1, 13, false, true);
+    }
+
+    #[test]
+    fn transposed_projections_are_read_in_their_own_order() {
+        let case = Case::new(&[&[12, 4, 3]], &[true]);
+        assert_same(
+            &case,
+            |t| self_attention(t.cube(0).permute([2, 1, 0]), 2, None),
+            |t| composed::self_attention(t.cube(0).permute([2, 1, 0]), 2, None),
+        );
+    }
+
+    #[test]
+    fn number_of_threads_does_not_change_the_bits() {
+        let case = Case::new(&[&[4, 33, 72]], &[true]);
+        let with = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+            // One thread takes whole images, four take heads.
+            pool.install(|| run(&case, |t| self_attention(t.cube(0), 3, None)))
+        };
+        let bits = |r: Vec<Vec<f32>>| r.into_iter().flatten().map(f32::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(with(1)), bits(with(4)));
+    }
+
+    #[test]
+    fn large_scores_do_not_overflow_and_not_a_number_is_not_hidden() {
+        let device = burn::tensor::Device::flex();
+        let equal = Tensor::<3>::ones([1, 3, 6], &device) * 1e4;
+        let y = self_attention(equal, 1, None).to_data().try_to_vec::<f32>().expect("f32");
+        assert_eq!(y, [1e4; 6]);
+        let broken = Tensor::<3>::ones([1, 3, 6], &device) * f32::NAN;
+        let y = self_attention(broken, 1, None).to_data().try_to_vec::<f32>().expect("f32");
+        assert!(y.iter().all(|v| v.is_nan()));
+    }
+
+    /// `Σ attention(qkv)·g` in f64: the formulas, one scalar at a time.
+    fn objective(
+        qkv: &[f64],
+        cos: &[f64],
+        sin: &[f64],
+        g: &[f64],
+        tokens: usize,
+        heads: usize,
+        head_dim: usize,
+    ) -> f64 {
+        let width = heads * head_dim;
+        let half = head_dim / 2;
+        let part = |part: usize, token: usize, head: usize, i: usize| {
+            qkv[token * 3 * width + part * width + head * head_dim + i]
+        };
+        let rotated = |p: usize, token: usize, head: usize, i: usize| {
+            let turned = if i < half { -part(p, token, head, i + half) } else { part(p, token, head, i - half) };
+            part(p, token, head, i) * cos[token * head_dim + i] + turned * sin[token * head_dim + i]
+        };
+        let mut total = 0.0;
+        for head in 0..heads {
+            for query in 0..tokens {
+                let scores: Vec<f64> = (0..tokens)
+                    .map(|key| {
+                        let dot: f64 =
+                            (0..head_dim).map(|i| rotated(0, query, head, i) * rotated(1, key, head, i)).sum();
+                        (dot / (head_dim as f64).sqrt()).exp()
+                    })
+                    .collect();
+                let sum: f64 = scores.iter().sum();
+                for i in 0..head_dim {
+                    let value: f64 = (0..tokens).map(|key| scores[key] / sum * part(2, key, head, i)).sum();
+                    total += value * g[query * width + head * head_dim + i];
+                }
+            }
+        }
+        total
+    }
+
+    #[test]
+    fn gradient_agrees_with_finite_differences_in_f64() {
+        let (tokens, heads, head_dim) = (5, 2, 6);
+        let packed = 3 * heads * head_dim;
+        let rows: &[usize] = &[tokens, head_dim];
+        let case = Case::new(&[&[1, tokens, packed], rows, rows], &[true, false, false]);
+        let results =
+            run(&case, |t| self_attention(t.cube(0), heads, Some(&RopeTable { cos: t.matrix(1), sin: t.matrix(2) })));
+        let double = |seed: u64, len: usize| numbers(len, seed).into_iter().map(f64::from).collect::<Vec<_>>();
+        let mut qkv = double(1, tokens * packed);
+        let (cos, sin) = (double(2, tokens * head_dim), double(3, tokens * head_dim));
+        let g = double(99, tokens * heads * head_dim);
+        for i in 0..qkv.len() {
+            let (h, value) = (1e-5, qkv[i]);
+            let mut at = |v: f64| {
+                qkv[i] = v;
+                objective(&qkv, &cos, &sin, &g, tokens, heads, head_dim)
+            };
+            let slope = (at(value + h) - at(value - h)) / (2.0 * h);
+            at(value);
+            let actual = f64::from(results[1][i]);
+            assert!((actual - slope).abs() < 1e-5, "element {i}: {actual} and {slope}");
+        }
+        assert_eq!(results[1].len(), 180);
+    }
 }

@@ -34,13 +34,7 @@ impl<'a> Matrix<'a> {
 
     /// The transposed view.
     pub(crate) fn t(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
+        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 }
 
@@ -172,9 +166,8 @@ mod tests {
                 let a = if transposed_a { Matrix::new(&a_data, k, m).t() } else { Matrix::new(&a_data, m, k) };
                 let b = if transposed_b { Matrix::new(&b_data, n, k).t() } else { Matrix::new(&b_data, k, n) };
                 let at = |x: &Matrix, i: usize, j: usize| x.data[i * x.row_stride + j * x.col_stride];
-                let expected: Vec<f32> = (0..m * n)
-                    .map(|e| (0..k).map(|l| at(&a, e / n, l) * at(&b, l, e % n)).sum())
-                    .collect();
+                let expected: Vec<f32> =
+                    (0..m * n).map(|e| (0..k).map(|l| at(&a, e / n, l) * at(&b, l, e % n)).sum()).collect();
                 assert_eq!(multiply(a, b), expected, "{m}x{k}x{n}");
 
                 // Into rows that are two elements longer than needed, which keep what they held.

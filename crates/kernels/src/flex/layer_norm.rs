@@ -5,7 +5,6 @@
 //! again in the backward pass: the row has to be read there anyway, and is in the first level of cache.
 
 use burn::backend::flex::FlexTensor;
-use rayon::prelude::*;
 
 use super::operation::Operation;
 use super::{ROW_BLOCK, contiguous, dims2, elements, in_order, simd, tensor, transform, transform_with};
@@ -32,7 +31,11 @@ impl Operation<3> for LayerNorm {
         transform(x, ROW_BLOCK * width.max(1), |_, block| {
             simd::vectorized(
                 #[inline(always)]
-                || block.chunks_exact_mut(width).for_each(|row| normalize(row, weight, bias, eps)),
+                || {
+                    for row in block.chunks_exact_mut(width) {
+                        normalize(row, weight, bias, eps);
+                    }
+                },
             );
         })
     }
@@ -53,14 +56,14 @@ impl Operation<3> for LayerNorm {
         let eps = self.eps as f32;
         // The sums of a block for the weight and, behind them, for the bias.
         let mut partial = vec![0.0; rows.div_ceil(ROW_BLOCK) * 2 * width];
-        let sums = partial.par_chunks_mut((2 * width).max(1));
-        let dx = transform_with(grad, ROW_BLOCK * width.max(1), sums, |start, block, sums| {
+        let dx = transform_with(grad, ROW_BLOCK * width.max(1), &mut partial, 2 * width, |start, block, sums| {
             let (dweight, dbias) = sums.split_at_mut(width);
             simd::vectorized(
                 #[inline(always)]
                 || {
-                    let rows = x[start..][..block.len()].chunks_exact(width);
-                    rows.zip(block.chunks_exact_mut(width)).for_each(|(x, g)| row_backward(x, g, weight, dweight, dbias, eps));
+                    for (x, g) in x[start..].chunks_exact(width).zip(block.chunks_exact_mut(width)) {
+                        row_backward(x, g, weight, dweight, dbias, eps);
+                    }
                 },
             );
         });
@@ -93,9 +96,12 @@ fn row_backward(x: &[f32], g: &mut [f32], weight: &[f32], dweight: &mut [f32], d
     let (g, weight, dweight, dbias) = (&mut g[..width], &weight[..width], &mut dweight[..width], &mut dbias[..width]);
     let (mean, inv_std) = statistics(x, eps);
     let (mean_a, mean_ax) = {
-        let g = &*g;
-        let sum = simd::sum_terms(width, #[inline(always)] |i| g[i] * weight[i]);
-        let sum_x = simd::sum_terms(width, #[inline(always)] |i| g[i] * weight[i] * ((x[i] - mean) * inv_std));
+        let sum = simd::dot(g, weight);
+        let sum_x = simd::sum_of(
+            [g, weight, x],
+            #[inline(always)]
+            |[g, w, x]| g * w * ((x - mean) * inv_std),
+        );
         (sum / width as f32, sum_x / width as f32)
     };
     for i in 0..width {
@@ -137,7 +143,7 @@ mod tests {
         let device = Device::flex();
         let vector = |v: f32| Tensor::<1>::from_floats([v], &device);
         let y = layer_norm(Tensor::from_floats([[7.0], [-3.0]], &device), vector(5.0), vector(0.25), 1e-6);
-        assert_eq!(y.to_data().to_vec::<f32>().unwrap(), [0.25, 0.25]);
+        assert_eq!(y.to_data().try_to_vec::<f32>().unwrap(), [0.25, 0.25]);
     }
 
     #[test]
@@ -146,7 +152,7 @@ mod tests {
         let x = Tensor::<2>::from_floats([[1.0, 2.0, 4.0]], &device);
         let (ones, zeros) = (Tensor::ones([3], &device), Tensor::zeros([3], &device));
         let shared = layer_norm(x.clone(), ones.clone(), zeros.clone(), 1e-6).to_data();
-        assert_eq!(x.to_data().to_vec::<f32>().unwrap(), [1.0, 2.0, 4.0]);
+        assert_eq!(x.to_data().try_to_vec::<f32>().unwrap(), [1.0, 2.0, 4.0]);
         assert_eq!(layer_norm(x, ones, zeros, 1e-6).to_data(), shared, "in place");
     }
 

@@ -26,8 +26,9 @@ pub(crate) use linear::Linear;
 pub(crate) use operation::FlexKernels;
 pub(crate) use residual::Residual;
 
+use burn::backend::DispatchDevice;
 use burn::backend::flex::{FlexTensor, Layout};
-use burn::tensor::{Bytes, DType, Device, Shape, backend::DispatchDevice};
+use burn::tensor::{Bytes, DType, Device, Shape};
 use rayon::prelude::*;
 
 /// Rows whose sum is formed by one task before the sums are added in order.
@@ -58,39 +59,54 @@ fn elements(tensor: &FlexTensor) -> &[f32] {
     tensor.as_slice().expect("a contiguous f32 tensor")
 }
 
-/// Applies `f(start, block, extra)` to blocks of `block` elements of a tensor, where `start` is the place of the block's
-/// first element: in the tensor's own memory if nothing else sees it, else in a copy made block by block.
-fn transform_with<E: Send>(
+/// Calls `f(start, values, sums)` for blocks of `block` values, each with its `sum_len` sums, where `start` is the place of
+/// the block's first value. One block is not worth waking another thread for.
+fn for_each_block(
+    values: &mut [f32],
+    block: usize,
+    sums: &mut [f32],
+    sum_len: usize,
+    f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+) {
+    if values.len() <= block {
+        if !values.is_empty() {
+            f(0, values, sums);
+        }
+    } else if sum_len == 0 {
+        values.par_chunks_mut(block).enumerate().for_each(|(i, values)| f(i * block, values, &mut []));
+    } else {
+        let blocks = values.par_chunks_mut(block).zip(sums.par_chunks_mut(sum_len)).enumerate();
+        blocks.for_each(|(i, (values, sums))| f(i * block, values, sums));
+    }
+}
+
+/// [`for_each_block`] of a tensor's elements: in its own memory if nothing else sees it, else in a copy made block by block.
+fn transform_with(
     source: FlexTensor,
     block: usize,
-    extra: impl IndexedParallelIterator<Item = E>,
-    f: impl Fn(usize, &mut [f32], E) + Sync + Send,
+    sums: &mut [f32],
+    sum_len: usize,
+    f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
 ) -> FlexTensor {
     let mut source = contiguous(source);
-    if elements(&source).is_empty() {
-        return source;
-    }
     let (from, to) = source.layout().contiguous_offsets().expect("a contiguous tensor");
     if let Some(storage) = source.try_storage_mut::<f32>() {
-        let blocks = storage[from..to].par_chunks_mut(block).enumerate();
-        blocks.zip(extra).for_each(|((i, values), extra)| f(i * block, values, extra));
+        for_each_block(&mut storage[from..to], block, sums, sum_len, f);
         return source;
     }
     let shape = source.layout().shape().clone();
     let data = elements(&source);
     let mut out = vec![0.0; data.len()];
-    let blocks = out.par_chunks_mut(block).zip(data.par_chunks(block)).enumerate();
-    blocks.zip(extra).for_each(|((i, (values, source)), extra)| {
-        values.copy_from_slice(source);
-        f(i * block, values, extra);
+    for_each_block(&mut out, block, sums, sum_len, |start, values, sums| {
+        values.copy_from_slice(&data[start..][..values.len()]);
+        f(start, values, sums);
     });
     FlexTensor::new(Bytes::from_elems(out), Layout::contiguous(shape), DType::F32)
 }
 
-/// [`transform_with`] nothing beside the blocks.
-fn transform(source: FlexTensor, block: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) -> FlexTensor {
-    let blocks = source.layout().num_elements().div_ceil(block);
-    transform_with(source, block, rayon::iter::repeat_n((), blocks), |start, values, ()| f(start, values))
+/// [`transform_with`] no sums.
+fn transform(source: FlexTensor, block: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> FlexTensor {
+    transform_with(source, block, &mut [], 0, |start, values, _| f(start, values))
 }
 
 /// A tensor of these elements.
@@ -106,13 +122,10 @@ fn dims2(tensor: &FlexTensor) -> [usize; 2] {
 /// Sums a `[rows, D]` matrix, or something computed from it, over its rows: `add(block, sum)` adds the rows
 /// `block.start..block.end` to `sum`, of `width` elements.
 fn sum_over_rows(rows: usize, width: usize, add: impl Fn(std::ops::Range<usize>, &mut [f32]) + Sync) -> Vec<f32> {
-    let blocks = rows.div_ceil(ROW_BLOCK);
-    let mut partial = vec![0.0; blocks * width];
-    if width == 0 {
-        return partial;
-    }
-    partial.par_chunks_mut(width).enumerate().for_each(|(i, sum)| {
-        add(i * ROW_BLOCK..rows.min((i + 1) * ROW_BLOCK), sum);
+    let mut partial = vec![0.0; rows.div_ceil(ROW_BLOCK) * width];
+    for_each_block(&mut partial, width.max(1), &mut [], 0, |start, sum, _| {
+        let first = start / width * ROW_BLOCK;
+        add(first..rows.min(first + ROW_BLOCK), sum);
     });
     in_order(&partial, width)
 }
@@ -125,7 +138,38 @@ fn in_order(partial: &[f32], width: usize) -> Vec<f32> {
     }
     simd::vectorized(
         #[inline(always)]
-        || partial.chunks_exact(width).for_each(|part| simd::add_assign(&mut total, part)),
+        || {
+            for part in partial.chunks_exact(width) {
+                simd::add_assign(&mut total, part);
+            }
+        },
     );
     total
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, FloatDType, Tensor};
+
+    use super::{simd, supports};
+    use crate::gelu;
+
+    #[test]
+    fn f32_on_flex_is_fused_with_and_without_differentiation_and_f64_is_composed() {
+        let device = Device::flex();
+        let x = Tensor::<2>::from_floats([[0.5, -1.0]], &device);
+        assert_eq!(supports(&device, x.dtype()), simd::available());
+        assert_eq!(supports(&device.autodiff(), x.dtype()), simd::available());
+        let double = x.clone().cast(FloatDType::F64);
+        assert!(!supports(&double.device(), double.dtype()));
+        let difference = gelu(double).cast(FloatDType::F32) - gelu(x);
+        assert!(difference.abs().max().into_scalar::<f32>() < 1e-6);
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn processors_with_avx2_and_fma_are_recognised() {
+        let both = std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
+        assert_eq!(simd::available(), both);
+    }
 }

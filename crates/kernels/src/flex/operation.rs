@@ -76,10 +76,7 @@ impl<C: CheckpointStrategy> FlexKernels for Autodiff<Flex, C> {
 }
 
 /// Computes the value, and remembers the operation if one of its inputs is tracked.
-fn record<O: Operation<N>, C: CheckpointStrategy, const N: usize>(
-    operation: O,
-    inputs: [Tracked<C>; N],
-) -> Tracked<C> {
+fn record<O: Operation<N>, C: CheckpointStrategy, const N: usize>(operation: O, inputs: [Tracked<C>; N]) -> Tracked<C> {
     let tracked = inputs.each_ref().map(|input| input.is_tracked());
     let nodes = inputs.each_ref().map(|input| input.node());
     match Step::<O>(PhantomData).prepare::<C>(nodes).compute_bound().stateful() {

@@ -2,7 +2,6 @@
 //! `dgamma = Σ_rows g·branch`.
 
 use burn::backend::flex::FlexTensor;
-use rayon::prelude::*;
 
 use super::operation::Operation;
 use super::{ELEMENT_BLOCK, ROW_BLOCK, contiguous, dims2, elements, in_order, simd, tensor, transform, transform_with};
@@ -84,19 +83,22 @@ impl Operation<3> for Residual {
         let (branch, gamma) = (branch.map(contiguous), gamma.map(contiguous));
         let (branch, gamma) = (branch.as_ref().map(elements), gamma.as_ref().map(elements));
         let mut partial = vec![0.0; rows.div_ceil(ROW_BLOCK) * width];
-        let sums = partial.par_chunks_mut(width.max(1));
-        let dbranch = transform_with(grad, ROW_BLOCK * width.max(1), sums, |start, block, sum| {
+        let dbranch = transform_with(grad, ROW_BLOCK * width.max(1), &mut partial, width, |start, block, sum| {
             simd::vectorized(
                 #[inline(always)]
                 || {
                     if let Some(branch) = branch {
                         for (g, branch) in block.chunks_exact(width).zip(branch[start..].chunks_exact(width)) {
-                            sum.iter_mut().zip(g).zip(branch).for_each(|((sum, g), b)| *sum = g.mul_add(*b, *sum));
+                            for ((sum, g), b) in sum.iter_mut().zip(g).zip(branch) {
+                                *sum = g.mul_add(*b, *sum);
+                            }
                         }
                     }
                     if let Some(gamma) = gamma {
                         for g in block.chunks_exact_mut(width) {
-                            g.iter_mut().zip(gamma).for_each(|(g, gamma)| *g *= gamma);
+                            for (g, gamma) in g.iter_mut().zip(gamma) {
+                                *g *= gamma;
+                            }
                         }
                     }
                 },
@@ -158,7 +160,7 @@ mod tests {
         let branch = Tensor::<2>::from_floats([[10.0, 20.0], [30.0, 40.0]], &device);
         let gamma = Tensor::<1>::from_floats([0.5, 2.0], &device);
         let sum = [6.0, 42.0, 18.0, 84.0];
-        let read = |t: &Tensor<2>| t.to_data().to_vec::<f32>().unwrap();
+        let read = |t: &Tensor<2>| t.to_data().try_to_vec::<f32>().unwrap();
         assert_eq!(read(&residual(x.clone(), branch.clone(), Some(gamma.clone()))), sum);
         assert_eq!((read(&x), read(&branch)), (vec![1.0, 2.0, 3.0, 4.0], vec![10.0, 20.0, 30.0, 40.0]));
         // Overwriting the branch, then x.

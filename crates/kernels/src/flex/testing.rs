@@ -17,14 +17,18 @@ pub(crate) fn numbers(len: usize, seed: u64) -> Vec<f32> {
 pub(crate) struct Case {
     shapes: Vec<Vec<usize>>,
     tracked: Vec<bool>,
-    /// The inputs are numbers in [−scale, scale).
-    pub(crate) scale: f32,
+    scale: f32,
 }
 
 impl Case {
     pub(crate) fn new(shapes: &[&[usize]], tracked: &[bool]) -> Self {
         assert_eq!(shapes.len(), tracked.len());
         Self { shapes: shapes.iter().map(|s| s.to_vec()).collect(), tracked: tracked.to_vec(), scale: 1.0 }
+    }
+
+    /// The same with inputs in [−scale, scale) instead of [−1, 1).
+    pub(crate) fn scaled(self, scale: f32) -> Self {
+        Self { scale, ..self }
     }
 
     fn inputs(&self) -> Inputs {
@@ -69,7 +73,7 @@ impl Inputs {
 pub(crate) fn run<const D: usize>(case: &Case, f: impl Fn(&Inputs) -> Tensor<D>) -> Vec<Vec<f32>> {
     let inputs = case.inputs();
     let value = f(&inputs);
-    let read = |t: TensorData| t.to_vec::<f32>().expect("f32");
+    let read = |t: TensorData| t.try_to_vec::<f32>().expect("f32");
     let mut results = vec![read(value.to_data())];
     if case.tracked.contains(&true) {
         let weights = numbers(value.shape().num_elements(), 99);
@@ -96,7 +100,8 @@ pub(crate) fn assert_same<const D: usize>(
     for (i, (a, e)) in actual.iter().zip(&expected).enumerate() {
         assert_eq!(a.len(), e.len());
         let largest = e.iter().fold(1e-3f32, |m, v| m.max(v.abs()));
-        let worst = a.iter().zip(e).map(|(a, e)| (a - e).abs()).fold(0.0f32, |m, v| if v > m || v.is_nan() { v } else { m });
+        let worst =
+            a.iter().zip(e).map(|(a, e)| (a - e).abs()).fold(0.0f32, |m, v| if v > m || v.is_nan() { v } else { m });
         assert!(
             worst <= 2e-5 * largest,
             "result {i} of {:?} tracked {:?}: differs by {worst} with values up to {largest}",

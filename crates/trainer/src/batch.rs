@@ -1,0 +1,103 @@
+//! A batch: crops with their masks, on the device.
+
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use dinoxide_augmentation::{Crops, Masks, RgbImage, normalize};
+
+/// What a step trains on.
+///
+/// Crop axes are outermost: row `v·B + b` of anything stacked over crops is crop `v` of sample `b`.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// Names of the samples, for messages.
+    pub ids: Vec<String>,
+    /// `[2, B, C, H, W]`, normalised, plain.
+    pub global: Tensor<5>,
+    /// `[L, B, C, h, w]`; `None` without local crops.
+    pub local: Option<Tensor<5>>,
+    /// Masks of the global crops.
+    pub masks: Masks,
+}
+
+impl Batch {
+    /// Puts the crops of samples on the device, normalised by the mean and standard deviation of each channel.
+    ///
+    /// # Panics
+    /// If the crops of a group differ in size or number: one recipe cut them.
+    pub fn new(samples: &[(String, Crops)], masks: Masks, mean: [f32; 3], std: [f32; 3], device: &Device) -> Self {
+        let locals = samples[0].1.local.len();
+        let global = stack(samples, 2, |crops, v| &crops.global[v], mean, std, device);
+        let local = (locals > 0).then(|| stack(samples, locals, |crops, v| &crops.local[v], mean, std, device));
+        Self { ids: samples.iter().map(|(id, _)| id.clone()).collect(), global, local, masks }
+    }
+
+    /// Samples in the batch.
+    pub fn len(&self) -> usize {
+        self.global.dims()[1]
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The samples `range` by themselves, with their masks.
+    pub fn part(&self, range: std::ops::Range<usize>) -> Self {
+        let batch = self.len();
+        let cut = |crops: &Tensor<5>| {
+            let [views, _, c, h, w] = crops.dims();
+            crops.clone().slice([0..views, range.clone(), 0..c, 0..h, 0..w])
+        };
+        let patches = self.masks.patches;
+        let crops: Vec<usize> =
+            (0..self.masks.crops / batch).flat_map(|view| range.clone().map(move |b| view * batch + b)).collect();
+        let mut masks = Masks { crops: crops.len(), patches, mask: Vec::new(), indices: Vec::new(), weights: Vec::new() };
+        for (new, &old) in crops.iter().enumerate() {
+            masks.mask.extend(&self.masks.mask[old * patches..(old + 1) * patches]);
+            for (&index, &weight) in self.masks.indices.iter().zip(&self.masks.weights) {
+                if index / patches == old {
+                    masks.indices.push(new * patches + index % patches);
+                    masks.weights.push(weight);
+                }
+            }
+        }
+        Self { ids: self.ids[range.clone()].to_vec(), global: cut(&self.global), local: self.local.as_ref().map(cut), masks }
+    }
+}
+
+/// `[V, B, 3, H, W]` from one crop per sample and view.
+fn stack<'a>(
+    samples: &'a [(String, Crops)],
+    views: usize,
+    crop: impl Fn(&'a Crops, usize) -> &'a RgbImage,
+    mean: [f32; 3],
+    std: [f32; 3],
+    device: &Device,
+) -> Tensor<5> {
+    let (width, height) = crop(&samples[0].1, 0).dimensions();
+    let images = (0..views).flat_map(|v| samples.iter().map(move |(_, crops)| (v, crops))).map(|(v, crops)| crop(crops, v));
+    let flat = normalize(images, (width, height), mean, std);
+    let shape = [views, samples.len(), 3, height as usize, width as usize];
+    Tensor::from_data(TensorData::new(flat, shape), device)
+}
+
+/// Masks on the device.
+#[derive(Clone, Debug)]
+pub(crate) struct DeviceMasks {
+    /// `[crops, P]`.
+    pub(crate) mask: Tensor<2, Bool>,
+    /// `[M]`, positions in the flattened mask.
+    pub(crate) indices: Tensor<1, Int>,
+    /// `[M]`.
+    pub(crate) weights: Tensor<1>,
+}
+
+impl DeviceMasks {
+    pub(crate) fn new(masks: &Masks, device: &Device) -> Self {
+        let indices: Vec<i32> = masks.indices.iter().map(|&i| i as i32).collect();
+        Self {
+            mask: Tensor::from_data(TensorData::new(masks.mask.clone(), [masks.crops, masks.patches]), device),
+            indices: Tensor::from_data(TensorData::from(indices.as_slice()), device),
+            weights: Tensor::from_data(TensorData::from(masks.weights.as_slice()), device),
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Checkpoints: all of a run's state, written so that a crash or a full disk never costs the previous one.
+//!
+//! `checkpoints/step-000500/` holds `state.safetensors` (weights of student and teacher, moments, centers, by name) and
+//! `manifest.json` (counters, the list of unreadable images, the state file's length and CRC-32). The folder is written
+//! under another name, synced and renamed. Loading takes the newest one that is whole.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use dinoxide_data::BadImages;
+use dinoxide_model::parameters;
+use dinoxide_model::weights::{Weight, WeightFile, host, write_atomically};
+use serde::{Deserialize, Serialize};
+
+use crate::error::TrainError;
+use crate::network::Network;
+use crate::step::TrainState;
+
+/// What a run knows besides tensors.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Progress {
+    /// Steps taken.
+    pub step: u64,
+    /// Images seen.
+    pub images: u64,
+    /// Seconds spent training, over all sessions.
+    pub seconds: f64,
+    /// The first k-NN accuracy, in percent, measured before step 0.
+    pub first_knn: Option<f64>,
+    /// Images that could not be read so far.
+    pub bad_images: BadImages,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Manifest {
+    progress: Progress,
+    optimizer_steps: BTreeMap<String, u64>,
+    bytes: u64,
+    crc32: u32,
+}
+
+const PREFIX: &str = "step-";
+const UNFINISHED: &str = ".writing-";
+
+fn name(step: u64) -> String {
+    format!("{PREFIX}{step:06}")
+}
+
+/// Writes the state as `folder/step-NNNNNN` and removes all but the newest `keep` checkpoints.
+///
+/// # Errors
+/// Whatever the file system says. Earlier checkpoints are untouched then, and nothing half-written stays.
+pub fn save(folder: &Path, state: &TrainState, progress: &Progress, keep: usize) -> Result<PathBuf, TrainError> {
+    fs::create_dir_all(folder).map_err(TrainError::io(folder))?;
+    let unfinished = folder.join(format!("{UNFINISHED}{}", name(progress.step)));
+    let target = folder.join(name(progress.step));
+    let written = write(&unfinished, state, progress).and_then(|()| {
+        if target.exists() {
+            fs::remove_dir_all(&target)?;
+        }
+        fs::rename(&unfinished, &target)?;
+        fs::File::open(folder)?.sync_all()
+    });
+    if let Err(error) = written {
+        // The error to report is the first one; this is tidying up.
+        let _ = fs::remove_dir_all(&unfinished);
+        return Err(TrainError::io(&target)(error));
+    }
+    for (_, old) in list(folder)?.into_iter().rev().skip(keep) {
+        fs::remove_dir_all(&old).map_err(TrainError::io(&old))?;
+    }
+    Ok(target)
+}
+
+fn write(folder: &Path, state: &TrainState, progress: &Progress) -> std::io::Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder)?;
+    }
+    fs::create_dir(folder)?;
+    let bytes = tensors(state).to_bytes();
+    let manifest = Manifest {
+        progress: progress.clone(),
+        optimizer_steps: state.optimizer.moments.iter().map(|(name, m)| (name.clone(), m.steps)).collect(),
+        bytes: bytes.len() as u64,
+        crc32: crc32fast::hash(&bytes),
+    };
+    write_atomically(&folder.join("state.safetensors"), &bytes)?;
+    let manifest = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
+    write_atomically(&folder.join("manifest.json"), &manifest)
+}
+
+/// All tensors of a state by name.
+fn tensors(state: &TrainState) -> WeightFile {
+    let mut file = WeightFile::default();
+    for (prefix, network) in [("student", &state.student), ("teacher", &state.teacher)] {
+        parameters::visit(network, |name, shape, value| {
+            file.tensors.insert(format!("{prefix}.{name}"), Weight { shape: shape.to_vec(), values: host(value) });
+        });
+    }
+    let mut flat = |name: String, value: Tensor<1>| {
+        let values = host(value);
+        file.tensors.insert(name, Weight { shape: vec![values.len()], values });
+    };
+    for (name, moments) in &state.optimizer.moments {
+        flat(format!("adam_m.{name}"), moments.m.clone());
+        flat(format!("adam_v.{name}"), moments.v.clone());
+    }
+    flat("dino_loss.center".into(), state.cls_center.value.clone().reshape([-1]));
+    flat("ibot_patch_loss.center".into(), state.patch_center.value.clone().reshape([-1]));
+    file
+}
+
+/// The checkpoints in a folder, oldest first.
+///
+/// # Errors
+/// Whatever the file system says; a missing folder has none.
+pub fn list(folder: &Path) -> Result<Vec<(u64, PathBuf)>, TrainError> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(TrainError::io(folder)(e)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(TrainError::io(folder))?.path();
+        let step = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix(PREFIX)).and_then(|n| n.parse().ok());
+        if let Some(step) = step {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The outcome of looking for a checkpoint.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The state's counters; the state itself is in place.
+    pub progress: Progress,
+    /// Newer checkpoints that are damaged, each with what is wrong.
+    pub damaged: Vec<(PathBuf, String)>,
+}
+
+/// Puts the newest whole checkpoint of `folder` into `state`. `None` if there is no checkpoint at all.
+///
+/// # Errors
+/// If there are checkpoints and none of them is whole.
+pub fn load_newest(folder: &Path, state: &mut TrainState, device: &Device) -> Result<Option<Loaded>, TrainError> {
+    let mut damaged = Vec::new();
+    for (_, path) in list(folder)?.into_iter().rev() {
+        match read(&path).and_then(|(manifest, file)| put(state, &manifest, file, device).map(|()| manifest.progress)) {
+            Ok(progress) => return Ok(Some(Loaded { progress, damaged })),
+            Err(reason) => damaged.push((path, reason)),
+        }
+    }
+    if damaged.is_empty() {
+        return Ok(None);
+    }
+    let list: Vec<String> = damaged.iter().map(|(path, reason)| format!("  {}: {reason}", path.display())).collect();
+    let reason = format!("none of its checkpoints is whole\n{}", list.join("\n"));
+    Err(TrainError::NotResumable { path: folder.to_owned(), reason })
+}
+
+fn read(path: &Path) -> Result<(Manifest, WeightFile), String> {
+    let manifest = fs::read(path.join("manifest.json")).map_err(|e| format!("`manifest.json`: {e}"))?;
+    let manifest: Manifest = serde_json::from_slice(&manifest).map_err(|e| format!("`manifest.json`: {e}"))?;
+    let file = path.join("state.safetensors");
+    let bytes = fs::read(&file).map_err(|e| format!("`state.safetensors`: {e}"))?;
+    if bytes.len() as u64 != manifest.bytes {
+        return Err(format!("`state.safetensors` has {} bytes, {} were written", bytes.len(), manifest.bytes));
+    }
+    let crc32 = crc32fast::hash(&bytes);
+    if crc32 != manifest.crc32 {
+        return Err(format!("`state.safetensors` has checksum {crc32:08x}, {:08x} was written", manifest.crc32));
+    }
+    let file = WeightFile::from_bytes(&bytes).map_err(|reason| format!("`state.safetensors`: {reason}"))?;
+    Ok((manifest, file))
+}
+
+/// Puts tensors into a state of the same shape. On an error the state is unchanged.
+fn put(state: &mut TrainState, manifest: &Manifest, mut file: WeightFile, device: &Device) -> Result<(), String> {
+    let expected = tensors(state);
+    for (name, weight) in &expected.tensors {
+        match file.tensors.get(name) {
+            None => return Err(format!("`{name}` is missing")),
+            Some(found) if found.shape != weight.shape => {
+                return Err(format!("`{name}` is {:?}, the recipe's is {:?}", found.shape, weight.shape));
+            }
+            Some(_) => {}
+        }
+    }
+    if let Some(extra) = file.tensors.keys().find(|name| !expected.tensors.contains_key(*name)) {
+        return Err(format!("`{extra}` does not belong to the recipe"));
+    }
+    if let Some(name) = state.optimizer.moments.keys().find(|name| !manifest.optimizer_steps.contains_key(*name)) {
+        return Err(format!("the optimizer's steps of `{name}` are missing"));
+    }
+    let mut take = |name: String| {
+        let weight = file.tensors.remove(&name).expect("coverage was checked");
+        let length = weight.values.len();
+        Tensor::<1>::from_data(TensorData::new(weight.values, [length]), device)
+    };
+    let mut network = |prefix: &str, network: &Network| {
+        parameters::replace(network.clone(), |name, _| take(format!("{prefix}.{name}")))
+    };
+    state.student = network("student", &state.student);
+    state.teacher = network("teacher", &state.teacher);
+    for (name, moments) in &mut state.optimizer.moments {
+        moments.m = take(format!("adam_m.{name}"));
+        moments.v = take(format!("adam_v.{name}"));
+        moments.steps = manifest.optimizer_steps[name];
+    }
+    state.cls_center.value = take("dino_loss.center".into()).unsqueeze();
+    state.patch_center.value = take("ibot_patch_loss.center".into()).unsqueeze();
+    state.step = manifest.progress.step;
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! k-NN during training: what the teacher's features are worth, on images whose classes are known.
+
+use std::sync::Arc;
+
+use burn::tensor::Device;
+use dinoxide_augmentation::AugmentationConfig;
+use dinoxide_data::{DecodeLimits, Source, open};
+use dinoxide_evaluation::{EvaluationError, Extraction, FeatureSource, KnnConfig, Token, extract, knn, spectrum};
+use dinoxide_model::Vit;
+
+use crate::error::TrainError;
+use crate::metrics::KnnLine;
+use crate::recipe::{EvalConfig, Recipe};
+
+/// A k-NN evaluation that a run repeats.
+pub struct Monitor {
+    train: Arc<dyn Source>,
+    val: Arc<dyn Source>,
+    train_indices: Vec<usize>,
+    val_indices: Vec<usize>,
+    extraction: Extraction,
+    config: EvalConfig,
+    names: (String, String),
+}
+
+/// What a [`Monitor`] found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finding {
+    /// Accuracies.
+    pub knn: KnnLine,
+    /// Effective rank of the features of the classified images.
+    pub effective_rank: f64,
+    /// Width of the features.
+    pub embed_dim: usize,
+}
+
+/// Every how many images one is held out, where no images to classify are given.
+const HELD_OUT: usize = 10;
+/// Images in one forward of the teacher.
+const BATCH: usize = 64;
+
+impl Monitor {
+    /// The evaluation of a recipe that trains on `source`; `None` if there are no classes to tell apart.
+    ///
+    /// # Errors
+    /// Images that cannot be opened, or sets whose classes differ.
+    pub fn new(recipe: &Recipe, source: &Arc<dyn Source>, limits: &DecodeLimits) -> Result<Option<Self>, TrainError> {
+        let config = &recipe.eval;
+        let (train, train_name) = match config.train.as_str() {
+            "" => (source.clone(), recipe.data.source.clone()),
+            spec => (open(spec, limits)?, spec.to_owned()),
+        };
+        if train.classes().len() < 2 {
+            return match config.val.as_str() {
+                "" => Ok(None),
+                val => Err(TrainError::Recipe(format!(
+                    "`eval.val` is \"{val}\", and `{train_name}` has no classes to classify it by\n\nhint: set `eval.train` to \
+                     a folder with a folder for each class, or leave `eval.val` empty"
+                ))),
+            };
+        }
+        let all: Vec<usize> = (0..train.len()).collect();
+        let (val, val_name, mut train_indices, val_indices) = match config.val.as_str() {
+            "" => {
+                // Every tenth of a class: images come class by class, or in an order that has nothing to do with classes.
+                let (held, kept): (Vec<usize>, Vec<usize>) = all.into_iter().partition(|i| i % HELD_OUT == HELD_OUT - 1);
+                (train.clone(), format!("{train_name} (every tenth)"), kept, held)
+            }
+            spec => {
+                let val = open(spec, limits)?;
+                if val.classes() != train.classes() {
+                    return Err(TrainError::Recipe(format!(
+                        "`eval.val` \"{spec}\" has {} classes and `{train_name}` {}, or their names differ",
+                        val.classes().len(),
+                        train.classes().len()
+                    )));
+                }
+                let indices = (0..val.len()).collect();
+                (val, spec.to_owned(), all, indices)
+            }
+        };
+        if config.max_train > 0 && train_indices.len() > config.max_train {
+            let (len, keep) = (train_indices.len(), config.max_train);
+            train_indices = (0..keep).map(|i| train_indices[i * len / keep]).collect();
+        }
+        if val_indices.is_empty() || train_indices.len() < config.k {
+            return Ok(None);
+        }
+        let AugmentationConfig { mean, std, .. } = recipe.augmentation;
+        let size = recipe.eval_size();
+        let extraction = Extraction { resize_px: size, crop_px: size, mean, std, last_blocks: 1, batch: BATCH };
+        let config = config.clone();
+        Ok(Some(Self { train, val, train_indices, val_indices, extraction, config, names: (train_name, val_name) }))
+    }
+
+    /// Images that each evaluation runs the backbone on.
+    pub fn images(&self) -> usize {
+        self.train_indices.len() + self.val_indices.len()
+    }
+
+    /// Evaluates a backbone. `progress` is called with the number of images done.
+    ///
+    /// # Errors
+    /// Features that are not finite, or no readable image.
+    pub fn run(&self, backbone: &Vit, device: &Device, progress: &mut dyn FnMut(usize)) -> Result<Finding, EvaluationError> {
+        let train = extract(backbone, &*self.train, &self.train_indices, &self.extraction, device, progress)?;
+        let done = self.train_indices.len();
+        let val = extract(backbone, &*self.val, &self.val_indices, &self.extraction, device, &mut |n| progress(done + n))?;
+        let source = FeatureSource {
+            backbone: "teacher".into(),
+            train_data: self.names.0.clone(),
+            val_data: self.names.1.clone(),
+            tokens: vec![Token::Cls],
+            layers: vec![backbone.config().depth - 1],
+            final_norm: true,
+            resize_px: self.extraction.resize_px,
+            crop_px: self.extraction.crop_px,
+            interpolation: "bicubic, antialias".into(),
+            augmentation: "none".into(),
+        };
+        let config = KnnConfig { k: vec![self.config.k], temperature: self.config.temperature, ..KnnConfig::default() };
+        let train = train.labeled(train.last_cls(), &*self.train)?;
+        let labeled = val.labeled(val.last_cls(), &*self.val)?;
+        let report = knn(&train, &labeled, &source, &config, device)?;
+        let accuracy = &report.scores.by_k[0].accuracy;
+        let spectrum = spectrum(val.last_cls(), &source, false)?.scores;
+        Ok(Finding {
+            knn: KnnLine {
+                top1: accuracy.top1,
+                top5: accuracy.top5,
+                k: self.config.k,
+                chance: 100.0 / train.num_classes() as f64,
+            },
+            effective_rank: spectrum.effective_rank,
+            embed_dim: spectrum.dim,
+        })
+    }
+}

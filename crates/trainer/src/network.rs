@@ -1,0 +1,62 @@
+//! A backbone with its heads: what the student and the teacher each are.
+
+use burn::module::Module;
+use burn::tensor::{Bool, Device, Tensor};
+use dinoxide_model::{CropGroup, Features, HeadConfig, ProjectionHead, StochasticDraws, Vit, VitConfig};
+use rand::Rng;
+
+/// Backbone and projection heads.
+#[derive(Module, Debug)]
+pub struct Network {
+    /// The backbone.
+    pub backbone: Vit,
+    /// The head of CLS tokens, and of patch tokens where there is no head of their own.
+    pub dino_head: ProjectionHead,
+    /// The head of patch tokens.
+    pub ibot_head: Option<ProjectionHead>,
+}
+
+/// The parts of a network whose gradients are clipped by a norm of their own.
+pub const SUBMODULES: [&str; 3] = ["backbone", "dino_head", "ibot_head"];
+
+impl Network {
+    /// A network with fresh weights. `ibot_head` is `None` when patch tokens share the head of CLS tokens.
+    pub fn new(
+        backbone: &VitConfig,
+        dino_head: &HeadConfig,
+        ibot_head: Option<&HeadConfig>,
+        device: &Device,
+        rng: &mut impl Rng,
+    ) -> Self {
+        let dim = backbone.embed_dim;
+        Self {
+            backbone: Vit::new(backbone, device, rng),
+            dino_head: ProjectionHead::new(dim, dino_head, device, rng),
+            ibot_head: ibot_head.map(|head| ProjectionHead::new(dim, head, device, rng)),
+        }
+    }
+
+    /// The head of patch tokens.
+    pub fn patch_head(&self) -> &ProjectionHead {
+        self.ibot_head.as_ref().unwrap_or(&self.dino_head)
+    }
+
+    /// Features of crops stacked along the batch: the student's with draws, the teacher's without.
+    ///
+    /// # Shapes
+    /// `crops [V, B, C, H, W]`, `mask [V·B, P]`.
+    pub fn features(
+        &self,
+        crops: Tensor<5>,
+        mask: Option<Tensor<2, Bool>>,
+        group: CropGroup,
+        draws: Option<&StochasticDraws>,
+    ) -> Features {
+        let [views, batch, channels, height, width] = crops.dims();
+        let images = crops.reshape([views * batch, channels, height, width]);
+        match draws {
+            Some(draws) => self.backbone.forward_train(images, mask, group, draws),
+            None => self.backbone.forward(images, mask),
+        }
+    }
+}

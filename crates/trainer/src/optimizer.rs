@@ -1,0 +1,264 @@
+//! AdamW with the references' parameter groups, scheduled weight decay and clipping (Loshchilov & Hutter 2019).
+//!
+//! burn's AdamW fixes weight decay at construction and keys its state by random identifiers; a run needs both by name.
+
+use std::collections::BTreeMap;
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use dinoxide_model::parameters;
+use serde::{Deserialize, Serialize};
+
+use crate::network::{Network, SUBMODULES};
+use crate::schedule::Scheduled;
+
+/// Gradients, flattened and plain, by parameter name.
+pub type Gradients = BTreeMap<String, Tensor<1>>;
+
+/// What a gradient's norm is taken over when it is clipped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Clip {
+    /// Backbone and heads, each by itself (DINOv2, DINOv3).
+    Submodule,
+    /// Each parameter tensor by itself (DINO, iBOT).
+    Parameter,
+}
+
+/// How the prototypes are held still in the first part of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Freeze {
+    /// Learning rate 0; the moments go on (DINOv2, DINOv3).
+    Lr,
+    /// No gradient: neither moments nor step count move (DINO, iBOT).
+    Gradient,
+}
+
+/// The `[optim]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimConfig {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment. Large batches that collapse: try 0.95 to 0.99.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Largest gradient norm; 0 turns clipping off. Unstable: try 1 or 0.3.
+    pub clip_norm: f64,
+    /// What the norm is taken over.
+    pub clip: Clip,
+    /// Factor of the learning rate per block, from the last block down to the patch embedding; 1 is none.
+    pub layerwise_decay: f64,
+    /// Further factor for the patch embedding.
+    pub patch_embed_lr_mult: f64,
+    /// How the prototypes are frozen for `schedule.freeze_last_layer`.
+    pub freeze: Freeze,
+}
+
+impl Default for OptimConfig {
+    fn default() -> Self {
+        Self {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            clip_norm: 3.0,
+            clip: Clip::Submodule,
+            layerwise_decay: 0.9,
+            patch_embed_lr_mult: 0.2,
+            freeze: Freeze::Lr,
+        }
+    }
+}
+
+/// How a parameter is treated.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Group {
+    /// Factor of the learning rate.
+    pub lr_multiplier: f64,
+    /// Factor of the weight decay: 0 or 1.
+    pub weight_decay_multiplier: f64,
+    /// Whether it belongs to the prototypes.
+    pub is_last_layer: bool,
+}
+
+/// The group of a parameter of a submodule with `depth` blocks (0 for a head), by its name within it.
+///
+/// The learning rate falls by `layerwise_decay` per layer from the output to the input. Biases, norms and layer scales
+/// are not decayed; tokens and position tables are, as in the references.
+pub fn group(name: &str, depth: usize, config: &OptimConfig) -> Group {
+    let at_input = ["pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens"];
+    let layer = if depth == 0 {
+        1
+    } else if at_input.iter().any(|part| name.contains(part)) {
+        0
+    } else if let Some(block) = name.strip_prefix("blocks.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok()) {
+        block + 1
+    } else {
+        depth + 1
+    };
+    let mut lr_multiplier = config.layerwise_decay.powi((depth + 1 - layer) as i32);
+    if name.contains("patch_embed") {
+        lr_multiplier *= config.patch_embed_lr_mult;
+    }
+    let undecayed = name.ends_with("bias") || name.contains("norm") || name.contains("gamma");
+    Group {
+        lr_multiplier,
+        weight_decay_multiplier: if undecayed { 0.0 } else { 1.0 },
+        is_last_layer: name.contains("last_layer"),
+    }
+}
+
+/// The optimizer's memory of one parameter.
+#[derive(Clone, Debug)]
+pub struct Moments {
+    /// Running mean of the gradient.
+    pub m: Tensor<1>,
+    /// Running mean of its square.
+    pub v: Tensor<1>,
+    /// Updates so far.
+    pub steps: u64,
+}
+
+/// AdamW.
+#[derive(Clone, Debug)]
+pub struct AdamW {
+    config: OptimConfig,
+    groups: BTreeMap<String, Group>,
+    /// By parameter name.
+    pub moments: BTreeMap<String, Moments>,
+}
+
+/// The submodule that a parameter of a network belongs to, and its name there.
+fn split(name: &str) -> (&str, &str) {
+    name.split_once('.').expect("a network's parameters lie in its submodules")
+}
+
+impl AdamW {
+    /// For the parameters of `network`, with moments at zero.
+    pub fn new(config: &OptimConfig, network: &Network, device: &Device) -> Self {
+        let mut groups = BTreeMap::new();
+        let mut moments = BTreeMap::new();
+        let depth = network.backbone.config().depth;
+        for (name, shape) in parameters::shapes(network) {
+            let (submodule, inner) = split(&name);
+            groups.insert(name.clone(), group(inner, if submodule == "backbone" { depth } else { 0 }, config));
+            let zeros = Tensor::zeros([shape.iter().product::<usize>()], device);
+            moments.insert(name, Moments { m: zeros.clone(), v: zeros, steps: 0 });
+        }
+        Self { config: config.clone(), groups, moments }
+    }
+
+    /// The groups, by parameter name.
+    pub fn groups(&self) -> &BTreeMap<String, Group> {
+        &self.groups
+    }
+
+    /// The norm of the gradients of each submodule that has any. One transfer from the device.
+    pub fn norms(&self, gradients: &Gradients) -> BTreeMap<&'static str, f64> {
+        let squares = gradients.values().map(|g| g.clone().powi_scalar(2).sum()).collect::<Vec<_>>();
+        if squares.is_empty() {
+            return BTreeMap::new();
+        }
+        let squares = dinoxide_model::weights::host(Tensor::cat(squares, 0));
+        let mut norms = BTreeMap::<&'static str, f64>::new();
+        for (name, square) in gradients.keys().zip(squares) {
+            let submodule = SUBMODULES.into_iter().find(|s| *s == split(name).0).expect("one of the submodules");
+            *norms.entry(submodule).or_default() += f64::from(square);
+        }
+        norms.values_mut().for_each(|norm| *norm = norm.sqrt());
+        norms
+    }
+
+    /// One step: clips the gradients and moves the weights. `norms` are those of [`norms`](Self::norms).
+    ///
+    /// A parameter that got no gradient has gradient zero: its moments fade and it is decayed.
+    pub fn step<M: Module>(
+        &mut self,
+        network: M,
+        mut gradients: Gradients,
+        norms: &BTreeMap<&'static str, f64>,
+        at: &Scheduled,
+    ) -> M {
+        let Self { config, groups, moments } = self;
+        let coefficient = |norm: f64| {
+            if config.clip_norm > 0.0 { (config.clip_norm / (norm + 1e-6)).min(1.0) } else { 1.0 }
+        };
+        parameters::replace(network, |name, weight| {
+            let group = groups[name];
+            let frozen = group.is_last_layer && at.last_layer_lr == 0.0;
+            let trained = gradients.contains_key(name) || !name.ends_with("weight_g");
+            if (frozen && config.freeze == Freeze::Gradient) || !trained {
+                return weight;
+            }
+            let state = moments.get_mut(name).expect("each parameter has its moments");
+            let mut gradient = match gradients.remove(name) {
+                Some(gradient) => gradient,
+                None => weight.zeros_like(),
+            };
+            let factor = match config.clip {
+                Clip::Submodule => norms.get(split(name).0).map_or(1.0, |norm| coefficient(*norm)),
+                Clip::Parameter => {
+                    let square = dinoxide_model::weights::host(gradient.clone().powi_scalar(2).sum())[0];
+                    coefficient(f64::from(square).sqrt())
+                }
+            };
+            if factor != 1.0 {
+                gradient = gradient * factor;
+            }
+            let lr = if group.is_last_layer { at.last_layer_lr } else { at.lr } * group.lr_multiplier;
+            state.steps += 1;
+            let zeros = Tensor::zeros([1], &weight.device());
+            let m = std::mem::replace(&mut state.m, zeros.clone());
+            let v = std::mem::replace(&mut state.v, zeros);
+            let m = m * config.beta1 + gradient.clone() * (1.0 - config.beta1);
+            let v = v * config.beta2 + gradient.powi_scalar(2) * (1.0 - config.beta2);
+            let correction1 = 1.0 - config.beta1.powi(state.steps as i32);
+            let correction2 = 1.0 - config.beta2.powi(state.steps as i32);
+            let decay = 1.0 - lr * at.weight_decay * group.weight_decay_multiplier;
+            let denominator = v.clone().sqrt() / correction2.sqrt() + config.eps;
+            let weight = weight * decay - m.clone() / denominator * (lr / correction1);
+            (state.m, state.v) = (m, v);
+            weight
+        })
+    }
+}
+
+/// The teacher's weights after a step: `momentum · teacher + (1 − momentum) · student` (DINO §3.1), parameter by parameter.
+pub fn ema<M: Module>(teacher: M, student: &M, momentum: f64) -> M {
+    let mut values = parameters::values(student);
+    parameters::replace(teacher, |name, weight| {
+        let student = values.remove(name).expect("student and teacher have the same parameters");
+        weight * momentum + student * (1.0 - momentum)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layerwise_decay_by_hand() {
+        let config = OptimConfig::default();
+        let cases = [
+            ("patch_embed.proj.weight", 24, 0.01435796, 1.0),
+            ("cls_token", 24, 0.07178980, 1.0),
+            ("register_tokens", 24, 0.07178980, 1.0),
+            ("blocks.0.attn.qkv.weight", 24, 0.07976644, 1.0),
+            ("blocks.23.attn.qkv.bias", 24, 0.9, 0.0),
+            ("blocks.3.ls1.gamma", 24, 0.9f64.powi(21), 0.0),
+            ("norm.weight", 24, 1.0, 0.0),
+            ("local_cls_norm.weight", 24, 1.0, 0.0),
+            ("mlp.0.weight", 0, 1.0, 1.0),
+            ("mlp.0.bias", 0, 1.0, 0.0),
+        ];
+        for (name, depth, lr, decay) in cases {
+            let found = group(name, depth, &config);
+            assert!((found.lr_multiplier - lr).abs() < 1e-7, "{name}: {}", found.lr_multiplier);
+            assert_eq!(found.weight_decay_multiplier, decay, "{name}");
+            assert!(!found.is_last_layer);
+        }
+        assert!(group("last_layer.weight_v", 0, &config).is_last_layer);
+    }
+}

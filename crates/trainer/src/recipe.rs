@@ -1,0 +1,289 @@
+//! The recipe: everything that a run is made from.
+//!
+//! Tables say what they may change. `[run]` never changes results; `[efficiency]` changes speed and memory, and results
+//! only by rounding; all others change what is computed. Each part's table lives with the part.
+
+use dinoxide_augmentation::{AugmentationConfig, MaskConfig};
+use dinoxide_data::DataConfig;
+use dinoxide_model::{HeadConfig, ModelConfig, VitConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::duration::Duration;
+use crate::error::TrainError;
+use crate::optimizer::OptimConfig;
+use crate::schedule::{Schedule, ScheduleConfig};
+use crate::step::LossConfig;
+
+/// The `[run]` table: what is shown and kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunConfig {
+    /// Where tensors live: `cpu`, `cuda:0`, `vulkan:0`, `metal`.
+    pub device: String,
+    /// A line in `metrics.jsonl` every so many steps.
+    pub log_every: Duration,
+    /// A checkpoint every so often, and at the end.
+    pub checkpoint_every: Duration,
+    /// Checkpoints kept, newest first.
+    pub keep_checkpoints: usize,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self {
+            device: "cpu".into(),
+            log_every: Duration::Steps(10),
+            checkpoint_every: Duration::Epochs(1.0),
+            keep_checkpoints: 3,
+        }
+    }
+}
+
+/// The `[train]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// How long: `"100 epochs"`, `"5000 steps"` or `"2M images"`; the other two are derived and printed.
+    pub length: Duration,
+    /// Images per step, over all micro-batches.
+    pub batch_size: usize,
+    /// Seed of every random draw.
+    pub seed: u64,
+    /// A head of their own for patch tokens (DINOv3, long recipes of DINOv2), configured by `[ibot_head]`.
+    pub separate_ibot_head: bool,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self { length: Duration::Epochs(100.0), batch_size: 64, seed: 0, separate_ibot_head: true }
+    }
+}
+
+/// The `[efficiency]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EfficiencyConfig {
+    /// Threads that read and augment images. A high share of waiting in the progress line: more.
+    pub loader_threads: usize,
+    /// Batches read ahead.
+    pub prefetch: usize,
+    /// Forward and backward in this many parts: less memory, same losses. Stochastic depth picks its samples per part.
+    pub micro_batches: usize,
+}
+
+impl Default for EfficiencyConfig {
+    fn default() -> Self {
+        Self { loader_threads: 2, prefetch: 3, micro_batches: 1 }
+    }
+}
+
+/// The `[eval]` table: k-NN on labelled images before, during and after training.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvalConfig {
+    /// How often, besides before the first step and after the last.
+    pub every: Duration,
+    /// Images whose classes are known to the classifier; empty: those trained on, if they have classes.
+    pub train: String,
+    /// Images to classify; empty: every tenth of `train`, which the classifier then does not know.
+    pub val: String,
+    /// At most so many images of `train`, evenly spread; 0: all.
+    pub max_train: usize,
+    /// Neighbours.
+    pub k: usize,
+    /// Temperature of their weights.
+    pub temperature: f64,
+    /// Size of the images in pixels; 0: that of the global crops.
+    pub image_size: usize,
+}
+
+impl Default for EvalConfig {
+    fn default() -> Self {
+        Self {
+            every: Duration::Epochs(10.0),
+            train: String::new(),
+            val: String::new(),
+            max_train: 0,
+            k: 20,
+            temperature: 0.07,
+            image_size: 0,
+        }
+    }
+}
+
+/// A recipe.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Recipe {
+    /// What is shown and kept; never changes results.
+    pub run: RunConfig,
+    /// Length, batch and seed.
+    pub train: TrainConfig,
+    /// The images.
+    pub data: DataConfig,
+    /// The crops.
+    pub augmentation: AugmentationConfig,
+    /// The masks.
+    pub mask: MaskConfig,
+    /// The backbone.
+    pub model: ModelConfig,
+    /// The head of CLS tokens.
+    pub dino_head: HeadConfig,
+    /// The head of patch tokens, when separate.
+    pub ibot_head: HeadConfig,
+    /// The losses.
+    pub loss: LossConfig,
+    /// The optimizer.
+    pub optim: OptimConfig,
+    /// Learning rate, weight decay, momentum, temperature.
+    pub schedule: ScheduleConfig,
+    /// k-NN during training.
+    pub eval: EvalConfig,
+    /// Speed and memory.
+    pub efficiency: EfficiencyConfig,
+}
+
+/// A recipe's lengths in steps, and the backbone in numbers.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The backbone.
+    pub backbone: VitConfig,
+    /// Every schedule.
+    pub schedule: Schedule,
+    /// Images in the data.
+    pub samples: usize,
+    /// Steps of the run.
+    pub steps: u64,
+    /// Steps between lines of metrics.
+    pub log_every: u64,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Steps between evaluations; 0: only before and after.
+    pub eval_every: u64,
+}
+
+impl Recipe {
+    /// Checks what the types do not, and works out every length for `samples` images.
+    ///
+    /// # Errors
+    /// The first thing that does not fit, with the values.
+    pub fn plan(&self, samples: usize) -> Result<Plan, TrainError> {
+        let invalid = |message: String| TrainError::Recipe(message);
+        self.augmentation.validate().map_err(|e| invalid(e.to_string()))?;
+        self.mask.validate().map_err(|e| invalid(e.to_string()))?;
+        let backbone = self.model.resolve(self.augmentation.global_crop_size).map_err(|e| invalid(e.to_string()))?;
+        if self.augmentation.local_crops > 0 {
+            let size = self.augmentation.local_crop_size;
+            backbone.grid(size, size).map_err(|e| invalid(format!("`augmentation.local_crop_size`: {e}")))?;
+        }
+        let batch = self.train.batch_size;
+        self.check_sizes(&backbone)?;
+        self.check_losses()?;
+        let steps = self.train.length.steps(batch, samples);
+        if steps == 0 {
+            return Err(invalid(format!("`train.length` \"{}\" is not a single step of {batch} images", self.train.length)));
+        }
+        let schedule = Schedule::new(&self.schedule, steps, batch, samples).map_err(invalid)?;
+        let every = |duration: Duration| duration.steps(batch, samples).max(1);
+        Ok(Plan {
+            backbone,
+            schedule,
+            samples,
+            steps,
+            log_every: every(self.run.log_every),
+            checkpoint_every: every(self.run.checkpoint_every),
+            eval_every: self.eval.every.steps(batch, samples),
+        })
+    }
+
+    fn check_sizes(&self, backbone: &VitConfig) -> Result<(), TrainError> {
+        let invalid = |message: String| Err(TrainError::Recipe(message));
+        if self.model.in_channels != 3 {
+            return invalid(format!("`model.in_channels` is {}: images are read as RGB, which is 3", self.model.in_channels));
+        }
+        let positive = [
+            ("train.batch_size", self.train.batch_size),
+            ("efficiency.prefetch", self.efficiency.prefetch),
+            ("efficiency.micro_batches", self.efficiency.micro_batches),
+            ("run.keep_checkpoints", self.run.keep_checkpoints),
+            ("dino_head.prototypes", self.dino_head.prototypes),
+            ("dino_head.layers", self.dino_head.layers),
+            ("dino_head.hidden_dim", self.dino_head.hidden_dim),
+            ("dino_head.bottleneck_dim", self.dino_head.bottleneck_dim),
+            ("ibot_head.prototypes", self.ibot_head.prototypes),
+            ("ibot_head.layers", self.ibot_head.layers),
+            ("ibot_head.hidden_dim", self.ibot_head.hidden_dim),
+            ("ibot_head.bottleneck_dim", self.ibot_head.bottleneck_dim),
+            ("loss.sinkhorn_iterations", self.loss.sinkhorn_iterations),
+            ("eval.k", self.eval.k),
+        ];
+        if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
+            return invalid(format!("`{key}` is 0, must be at least 1"));
+        }
+        if self.efficiency.micro_batches > self.train.batch_size {
+            let (parts, batch) = (self.efficiency.micro_batches, self.train.batch_size);
+            return invalid(format!("`efficiency.micro_batches` is {parts}, more than `train.batch_size` {batch}"));
+        }
+        let image_size = self.eval_size();
+        backbone.grid(image_size, image_size).map_err(|e| TrainError::Recipe(format!("`eval.image_size`: {e}")))?;
+        Ok(())
+    }
+
+    fn check_losses(&self) -> Result<(), TrainError> {
+        let invalid = |message: String| Err(TrainError::Recipe(message));
+        let (loss, batch) = (&self.loss, self.train.batch_size);
+        if loss.koleo_weight > 0.0 && batch < 2 {
+            return invalid(format!(
+                "`loss.koleo_weight` is {} and `train.batch_size` is {batch}: KoLeo needs the nearest neighbour of each image \
+                 in its batch\n\nhint: set `train.batch_size` to at least 2, or `loss.koleo_weight = 0`",
+                loss.koleo_weight
+            ));
+        }
+        if loss.ibot_weight > 0.0 && !self.model.mask_token {
+            return invalid(format!(
+                "`loss.ibot_weight` is {} and `model.mask_token` is false: masked patches need a mask token",
+                loss.ibot_weight
+            ));
+        }
+        let least = [
+            ("loss.dino_weight", loss.dino_weight),
+            ("loss.local_weight", loss.local_weight),
+            ("loss.ibot_weight", loss.ibot_weight),
+            ("loss.koleo_weight", loss.koleo_weight),
+            ("optim.clip_norm", self.optim.clip_norm),
+        ];
+        if let Some((key, value)) = least.into_iter().find(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
+            return invalid(format!("`{key}` is {value}, must be a number from 0 on"));
+        }
+        if loss.dino_weight == 0.0 && loss.ibot_weight == 0.0 {
+            return invalid("`loss.dino_weight` and `loss.ibot_weight` are both 0: nothing would be learned".into());
+        }
+        let temps = &self.schedule.teacher_temp;
+        let temps = [("schedule.teacher_temp.start", temps.start), ("schedule.teacher_temp.peak", temps.peak), ("schedule.teacher_temp.end", temps.end)];
+        let temps = temps.into_iter().chain([("loss.student_temp", loss.student_temp), ("eval.temperature", self.eval.temperature)]);
+        if let Some((key, value)) = temps.into_iter().find(|(_, value)| !(value.is_finite() && *value > 0.0)) {
+            return invalid(format!("`{key}` is {value}, must be above 0"));
+        }
+        let shares = [
+            ("optim.beta1", self.optim.beta1),
+            ("optim.beta2", self.optim.beta2),
+            ("loss.center_momentum", loss.center_momentum),
+            ("schedule.teacher_momentum.peak", self.schedule.teacher_momentum.peak),
+            ("schedule.teacher_momentum.end", self.schedule.teacher_momentum.end),
+        ];
+        if let Some((key, value)) = shares.into_iter().find(|(_, value)| !(0.0..=1.0).contains(value)) {
+            return invalid(format!("`{key}` is {value}, must lie between 0 and 1"));
+        }
+        Ok(())
+    }
+
+    /// Size of the images in evaluations, in pixels.
+    pub fn eval_size(&self) -> usize {
+        if self.eval.image_size > 0 { self.eval.image_size } else { self.augmentation.global_crop_size }
+    }
+
+    /// The head of patch tokens, when separate.
+    pub fn patch_head(&self) -> Option<&HeadConfig> {
+        self.train.separate_ibot_head.then_some(&self.ibot_head)
+    }
+}

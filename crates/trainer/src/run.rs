@@ -1,0 +1,468 @@
+//! The loop around the step, and the run directory that it keeps.
+//!
+//! ```text
+//! runs/<name>/
+//!   config.toml          the recipe with every value and its origin
+//!   metrics.jsonl        see crate::metrics
+//!   checkpoints/         see crate::checkpoint
+//!   teacher.safetensors  the newest teacher backbone, with what is needed to evaluate it
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use burn::tensor::Device;
+use dinoxide_augmentation::{Crops, MultiCrop, batch_masks};
+use dinoxide_config::{Resolved, difference};
+use dinoxide_data::{DataError, Drawn, Loader, Rejected, SampleReader, Source};
+use dinoxide_model::weights::{Description, Provenance, backbone_file, write_atomically};
+use dinoxide_model::StochasticDraws;
+use dinoxide_random::{Purpose, epoch_view, stream};
+
+use crate::batch::Batch;
+use crate::checkpoint::{self, Progress};
+use crate::error::TrainError;
+use crate::metrics::{Line, LossLine, MetricsFile, ScheduleLine};
+use crate::monitor::{Finding, Monitor};
+use crate::recipe::{Plan, Recipe};
+use crate::step::{StepDraws, StepReport, TrainState, train_step};
+
+/// What a run tells whoever watches it.
+pub enum Event<'a> {
+    /// Everything is set up; the first step is next.
+    Started {
+        /// Lengths in steps.
+        plan: &'a Plan,
+        /// Parameters of the backbone.
+        backbone_parameters: usize,
+        /// Parameters of the heads.
+        head_parameters: usize,
+        /// Classes of the data; 0 when it has none.
+        classes: usize,
+        /// The step that the run goes on from, when it is resumed.
+        resumed: Option<u64>,
+        /// Whether k-NN is measured.
+        monitored: bool,
+    },
+    /// A damaged checkpoint was passed over.
+    DamagedCheckpoint {
+        /// Where.
+        path: &'a Path,
+        /// What is wrong with it.
+        reason: &'a str,
+    },
+    /// An image could not be read and was replaced by another.
+    BadImage(&'a Rejected),
+    /// A step was taken.
+    Step {
+        /// What it did.
+        report: &'a StepReport,
+        /// Images per second since the last line of metrics.
+        images_per_second: f64,
+        /// Share of that time spent waiting for images.
+        data_wait: f64,
+        /// Resident memory in bytes.
+        memory_bytes: u64,
+        /// Whether a line of metrics was written.
+        logged: bool,
+    },
+    /// An evaluation is at this image of so many.
+    Evaluating {
+        /// Images done.
+        done: usize,
+        /// All images.
+        of: usize,
+    },
+    /// An evaluation is done.
+    Evaluated {
+        /// Steps taken.
+        step: u64,
+        /// What it found.
+        finding: &'a Finding,
+    },
+    /// A checkpoint was written.
+    Checkpoint(&'a Path),
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// Whether it was asked to stop before its end.
+    pub interrupted: bool,
+    /// Steps taken.
+    pub steps: u64,
+    /// Images seen.
+    pub images: u64,
+    /// Seconds spent training, over all sessions.
+    pub seconds: f64,
+    /// k-NN accuracy before training, in percent.
+    pub first_knn: Option<f64>,
+    /// The last evaluation.
+    pub last: Option<Finding>,
+    /// The exported teacher.
+    pub teacher: PathBuf,
+    /// Highest resident memory of the process, in bytes.
+    pub peak_memory_bytes: u64,
+}
+
+/// One sample of a batch, as a loader thread delivers it.
+struct Sample {
+    drawn: Drawn,
+    id: String,
+    crops: Crops,
+}
+
+/// Trains the recipe in `directory`, from the newest whole checkpoint there if there is one.
+///
+/// `stop` ends the run after the step at hand, with a checkpoint.
+///
+/// # Errors
+/// See [`TrainError`]. Checkpoints written so far stay.
+pub fn train(
+    recipe: &Resolved<Recipe>,
+    directory: &Path,
+    device: &Device,
+    stop: &AtomicBool,
+    watch: &mut dyn FnMut(Event<'_>),
+) -> Result<Outcome, TrainError> {
+    let config = &recipe.value;
+    let source = config.data.open()?;
+    let plan = config.plan(source.len())?;
+    let monitor = Monitor::new(config, &source, &config.data.decode)?;
+    prepare_directory(recipe, directory)?;
+    let mut run = Run::start(config, plan, source, monitor, directory, device, watch)?;
+    run.go(stop, watch)
+}
+
+/// Creates the run directory, or checks that it is of the same configuration.
+fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<(), TrainError> {
+    std::fs::create_dir_all(directory).map_err(TrainError::io(directory))?;
+    let path = directory.join("config.toml");
+    if path.exists() {
+        let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
+        let known = Resolved::<Recipe>::from_text(&path.display().to_string(), &text)
+            .map_err(|e| TrainError::NotResumable { path: directory.to_owned(), reason: e.to_string() })?;
+        // `[run]` and `[efficiency]` do not change results: a run may go on with other values of them.
+        let mut known = known.value;
+        known.run = recipe.value.run.clone();
+        known.efficiency = recipe.value.efficiency.clone();
+        let differences = difference(&known, &recipe.value);
+        if !differences.is_empty() {
+            let differences: Vec<String> = differences.iter().map(|d| format!("  {d}")).collect();
+            return Err(TrainError::OtherConfig { path: directory.to_owned(), differences: differences.join("\n") });
+        }
+    }
+    write_atomically(&path, recipe.to_annotated_toml().as_bytes()).map_err(TrainError::io(&path))
+}
+
+struct Run<'a> {
+    config: &'a Recipe,
+    plan: Plan,
+    source: Arc<dyn Source>,
+    monitor: Option<Monitor>,
+    directory: &'a Path,
+    device: &'a Device,
+    state: TrainState,
+    progress: Progress,
+    metrics: MetricsFile,
+    clock: Clock,
+    last: Option<Finding>,
+}
+
+/// Time and memory.
+struct Clock {
+    /// Seconds of earlier sessions.
+    before: f64,
+    start: Instant,
+    window_start: Instant,
+    window_images: u64,
+    window_waited: f64,
+    peak_memory: u64,
+}
+
+impl Clock {
+    fn seconds(&self) -> f64 {
+        self.before + self.start.elapsed().as_secs_f64()
+    }
+}
+
+fn resident_bytes() -> u64 {
+    memory_stats::memory_stats().map_or(0, |stats| stats.physical_mem as u64)
+}
+
+impl<'a> Run<'a> {
+    fn start(
+        config: &'a Recipe,
+        plan: Plan,
+        source: Arc<dyn Source>,
+        monitor: Option<Monitor>,
+        directory: &'a Path,
+        device: &'a Device,
+        watch: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Self, TrainError> {
+        let mut rng = stream(config.train.seed, Purpose::Init, 0, 0);
+        let (dino_head, patch_head) = (&config.dino_head, config.patch_head());
+        let mut state =
+            TrainState::new(&plan.backbone, dino_head, patch_head, &config.optim, &config.loss, device, &mut rng);
+        let mut progress = Progress::default();
+        let loaded = checkpoint::load_newest(&directory.join("checkpoints"), &mut state, device)?;
+        let resumed = loaded.is_some();
+        if let Some(loaded) = loaded {
+            for (path, reason) in &loaded.damaged {
+                watch(Event::DamagedCheckpoint { path, reason });
+            }
+            progress = loaded.progress;
+        }
+        let metrics = MetricsFile::open(&directory.join("metrics.jsonl"), progress.step)?;
+        let shapes = dinoxide_model::parameters::shapes(&state.teacher);
+        let count = |of: fn(&str) -> bool| -> usize {
+            shapes.iter().filter(|(name, _)| of(name)).map(|(_, shape)| shape.iter().product::<usize>()).sum()
+        };
+        watch(Event::Started {
+            plan: &plan,
+            backbone_parameters: count(|name| name.starts_with("backbone.")),
+            head_parameters: count(|name| !name.starts_with("backbone.")),
+            classes: source.classes().len(),
+            resumed: resumed.then_some(progress.step),
+            monitored: monitor.is_some(),
+        });
+        let now = Instant::now();
+        let clock = Clock {
+            before: progress.seconds,
+            start: now,
+            window_start: now,
+            window_images: 0,
+            window_waited: 0.0,
+            peak_memory: 0,
+        };
+        Ok(Self { config, plan, source, monitor, directory, device, state, progress, metrics, clock, last: None })
+    }
+
+    fn go(&mut self, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, TrainError> {
+        if self.state.step == 0 {
+            self.export()?;
+            if let Some(finding) = self.evaluate(watch)? {
+                self.progress.first_knn = Some(finding.knn.top1);
+            }
+        }
+        let mut loader = self.loader()?;
+        self.clock.window_start = Instant::now();
+        while self.state.step < self.plan.steps && !stop.load(Ordering::Relaxed) {
+            let batch = self.next_batch(&mut loader, watch)?;
+            let at = self.plan.schedule.at(self.state.step);
+            let draws = self.draws(at.step);
+            let report = train_step(&mut self.state, &batch, &draws, &self.config.loss, at)?;
+            self.progress.step = self.state.step;
+            self.progress.images += batch.len() as u64;
+            self.after_step(&report, loader.waited().as_secs_f64(), watch)?;
+        }
+        drop(loader);
+        self.finish(watch)
+    }
+
+    /// Logging, evaluation and checkpoints, each at its own period.
+    fn after_step(
+        &mut self,
+        report: &StepReport,
+        waited: f64,
+        watch: &mut dyn FnMut(Event<'_>),
+    ) -> Result<(), TrainError> {
+        let step = self.state.step;
+        let memory = resident_bytes();
+        self.clock.peak_memory = self.clock.peak_memory.max(memory);
+        let elapsed = self.clock.window_start.elapsed().as_secs_f64().max(1e-9);
+        let images = self.progress.images - self.clock.window_images;
+        let (rate, wait) = (images as f64 / elapsed, (waited - self.clock.window_waited) / elapsed);
+        let logged = step.is_multiple_of(self.plan.log_every) || step == self.plan.steps || step == 1;
+        if logged {
+            self.log(report, rate, wait, memory)?;
+            self.start_window(waited);
+        }
+        watch(Event::Step { report, images_per_second: rate, data_wait: wait, memory_bytes: memory, logged });
+        if step == self.plan.steps {
+            return Ok(());
+        }
+        if self.plan.eval_every > 0 && step.is_multiple_of(self.plan.eval_every) {
+            self.evaluate(watch)?;
+            self.start_window(waited);
+        }
+        if step.is_multiple_of(self.plan.checkpoint_every) {
+            self.save(watch)?;
+            self.start_window(waited);
+        }
+        Ok(())
+    }
+
+    fn start_window(&mut self, waited: f64) {
+        self.clock.window_start = Instant::now();
+        self.clock.window_images = self.progress.images;
+        self.clock.window_waited = waited;
+    }
+
+    fn log(&mut self, report: &StepReport, rate: f64, wait: f64, memory: u64) -> Result<(), TrainError> {
+        let Progress { step, images, .. } = self.progress;
+        let (losses, at) = (&report.losses, &report.at);
+        self.metrics.write(&Line::Step {
+            step,
+            images,
+            epoch: images as f64 / self.plan.samples as f64,
+            seconds: self.clock.seconds(),
+            images_per_second: rate,
+            data_wait: wait,
+            losses: LossLine {
+                dino_global: losses.dino_global,
+                dino_local: losses.dino_local,
+                ibot: losses.ibot,
+                koleo: losses.koleo,
+                gram: None,
+                total: losses.total,
+            },
+            gradient_norms: report.gradient_norms.iter().map(|(name, norm)| ((*name).to_owned(), *norm)).collect(),
+            schedule: ScheduleLine {
+                lr: at.lr,
+                weight_decay: at.weight_decay,
+                teacher_momentum: at.teacher_momentum,
+                teacher_temp: at.teacher_temp,
+            },
+            memory_bytes: memory,
+        })?;
+        self.metrics.write(&Line::Health {
+            step,
+            images,
+            target_entropy: report.target_entropy,
+            ln_prototypes: (self.config.dino_head.prototypes as f64).ln(),
+            bad_images: self.progress.bad_images.list().len(),
+        })
+    }
+
+    /// Workers that read and augment the samples of this and later steps.
+    fn loader(&self) -> Result<Loader<Result<Sample, DataError>>, TrainError> {
+        let seed = self.config.train.seed;
+        let reader = SampleReader::new(self.source.clone(), seed);
+        let crops = MultiCrop::new(&self.config.augmentation).map_err(|e| TrainError::Recipe(e.to_string()))?;
+        let batch = self.config.train.batch_size;
+        let work = move |position| {
+            let drawn = reader.draw(position)?;
+            let (index, epoch) = (drawn.index as u64, drawn.epoch);
+            let crops = crops.crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
+            Ok(Sample { id: reader.source().id(drawn.index), drawn, crops })
+        };
+        let window = batch * self.config.efficiency.prefetch;
+        Ok(Loader::new(self.config.efficiency.loader_threads, window, self.state.step * batch as u64, work)?)
+    }
+
+    fn next_batch(
+        &mut self,
+        loader: &mut Loader<Result<Sample, DataError>>,
+        watch: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Batch, TrainError> {
+        let config = self.config;
+        let mut samples = Vec::with_capacity(config.train.batch_size);
+        for _ in 0..config.train.batch_size {
+            let Sample { drawn, id, crops } = loader.next()??;
+            let known = self.progress.bad_images.list().len();
+            self.progress.bad_images.record(&drawn);
+            self.progress.bad_images.list()[known..].iter().for_each(|rejected| watch(Event::BadImage(rejected)));
+            samples.push((id, crops));
+        }
+        self.progress.bad_images.check(self.source.len(), config.data.max_bad_share)?;
+        let side = config.augmentation.global_crop_size / self.plan.backbone.patch_size;
+        let mut rng = stream(config.train.seed, Purpose::Mask, self.state.step, 0);
+        let masks = batch_masks(2 * samples.len(), (side, side), &config.mask, &mut rng);
+        Ok(Batch::new(&samples, masks, config.augmentation.mean, config.augmentation.std, self.device))
+    }
+
+    /// The draws of a step's forwards, made for the sizes of its micro-batches.
+    fn draws(&self, step: u64) -> StepDraws {
+        let (batch, parts) = (self.config.train.batch_size, self.config.efficiency.micro_batches);
+        let locals = self.config.augmentation.local_crops;
+        (0..parts)
+            .map(|part| {
+                let samples = (part + 1) * batch / parts - part * batch / parts;
+                [(0, 2), (1, locals)].map(|(group, crops)| {
+                    let mut rng = stream(self.config.train.seed, Purpose::Forward, step, 2 * part as u64 + group);
+                    StochasticDraws::draw(&self.plan.backbone, crops * samples, &mut rng)
+                })
+            })
+            .collect()
+    }
+
+    fn evaluate(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<Option<Finding>, TrainError> {
+        let Some(monitor) = &self.monitor else { return Ok(None) };
+        let of = monitor.images();
+        let mut progress = |done| watch(Event::Evaluating { done, of });
+        let finding = monitor.run(&self.state.teacher.backbone, self.device, &mut progress)?;
+        self.metrics.write(&Line::Eval {
+            step: self.progress.step,
+            images: self.progress.images,
+            seconds: self.clock.seconds(),
+            knn: finding.knn.clone(),
+            effective_rank: finding.effective_rank,
+            embed_dim: finding.embed_dim,
+        })?;
+        watch(Event::Evaluated { step: self.progress.step, finding: &finding });
+        self.last = Some(finding.clone());
+        Ok(Some(finding))
+    }
+
+    fn save(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
+        self.progress.seconds = self.clock.seconds();
+        let folder = self.directory.join("checkpoints");
+        let path = checkpoint::save(&folder, &self.state, &self.progress, self.config.run.keep_checkpoints)?;
+        self.export()?;
+        watch(Event::Checkpoint(&path));
+        Ok(())
+    }
+
+    /// Writes the teacher's backbone.
+    fn export(&self) -> Result<PathBuf, TrainError> {
+        let config = self.config;
+        let description = Description {
+            architecture: self.plan.backbone.clone(),
+            image_size: config.augmentation.global_crop_size,
+            mean: config.augmentation.mean,
+            std: config.augmentation.std,
+            provenance: Provenance {
+                recipe: "config.toml".into(),
+                steps: self.progress.step,
+                images: self.progress.images,
+                data: config.data.source.clone(),
+                software: concat!("dinoxide ", env!("CARGO_PKG_VERSION")).into(),
+            },
+        };
+        let path = self.directory.join("teacher.safetensors");
+        backbone_file(&self.state.teacher.backbone, &description).write(&path)?;
+        Ok(path)
+    }
+
+    fn finish(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, TrainError> {
+        let interrupted = self.state.step < self.plan.steps;
+        let trained = self.clock.seconds();
+        let known = checkpoint::list(&self.directory.join("checkpoints"))?;
+        if known.last().is_none_or(|(step, _)| *step != self.state.step) {
+            self.save(watch)?;
+        }
+        if !interrupted {
+            self.evaluate(watch)?;
+            self.metrics.write(&Line::End {
+                step: self.progress.step,
+                images: self.progress.images,
+                seconds: trained,
+                images_per_second: self.progress.images as f64 / trained.max(1e-9),
+                peak_memory_bytes: self.clock.peak_memory,
+            })?;
+        }
+        Ok(Outcome {
+            interrupted,
+            steps: self.progress.step,
+            images: self.progress.images,
+            seconds: trained,
+            first_knn: self.progress.first_knn,
+            last: self.last.clone(),
+            teacher: self.export()?,
+            peak_memory_bytes: self.clock.peak_memory,
+        })
+    }
+}

@@ -1,0 +1,319 @@
+//! Schedules in closed form: every value of a step is a function of the step's number, so that resuming a run is only a
+//! matter of knowing the step.
+
+use std::f64::consts::PI;
+
+use serde::{Deserialize, Serialize};
+
+use crate::duration::Duration;
+
+/// How a curve is put together from its warm-up and its cosine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Form {
+    /// DINO, iBOT, DINOv2: the warm-up reaches its peak in its last step, the cosine begins there and stops one step short
+    /// of the end value.
+    Cosine,
+    /// DINOv3's second form: the cosine begins with the peak and ends with the end value, which then stays.
+    Blocks,
+}
+
+/// A curve as a recipe writes it: linear from `start` to `peak`, then a cosine to `end`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CurveConfig {
+    /// Value of the first step, when there is a warm-up.
+    pub start: f64,
+    /// Value after the warm-up.
+    pub peak: f64,
+    /// Value at the end.
+    pub end: f64,
+    /// Length of the linear part.
+    pub warmup: Duration,
+    /// Length of the cosine, by default all that is left; only with `form = "blocks"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cosine: Option<Duration>,
+}
+
+impl Default for CurveConfig {
+    fn default() -> Self {
+        Self::constant(0.0)
+    }
+}
+
+impl CurveConfig {
+    /// The same value in every step.
+    pub fn constant(value: f64) -> Self {
+        Self { start: value, peak: value, end: value, warmup: Duration::ZERO, cosine: None }
+    }
+}
+
+/// A curve over a known number of steps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Curve {
+    /// How its parts meet.
+    pub form: Form,
+    /// Value of the first step of the warm-up.
+    pub start: f64,
+    /// Value after the warm-up.
+    pub peak: f64,
+    /// Value at the end.
+    pub end: f64,
+    /// Steps of the warm-up.
+    pub warmup: u64,
+    /// Steps of the cosine, with [`Form::Blocks`]; `None` for all that are left.
+    pub cosine: Option<u64>,
+    /// With [`Form::Cosine`]: the share by which the cosine is stretched and cut off, so that it reaches the end value
+    /// with a slope (DINOv3's `schedule_trunc_extra`).
+    pub trunc_extra: f64,
+    /// All steps.
+    pub total: u64,
+}
+
+impl Curve {
+    /// The value at a step, counted from 0; beyond the last step, the end value.
+    pub fn at(&self, step: u64) -> f64 {
+        if step >= self.total {
+            return self.end;
+        }
+        if step < self.warmup {
+            let divisions = match self.form {
+                Form::Cosine => self.warmup.max(2) - 1,
+                Form::Blocks => self.warmup,
+            };
+            return self.start + (self.peak - self.start) * step as f64 / divisions as f64;
+        }
+        let i = step - self.warmup;
+        let n = self.total - self.warmup;
+        let share = match self.form {
+            Form::Cosine if self.trunc_extra > 0.0 => {
+                let stretched = (((1.0 + self.trunc_extra) * n as f64) as u64).max(2);
+                let raw = |i: u64| ((PI * i as f64 / (stretched - 1) as f64).cos() + 1.0) / 2.0;
+                let last = raw(n - 1);
+                (raw(i) - last) / (1.0 - last)
+            }
+            Form::Cosine => (1.0 + (PI * i as f64 / n as f64).cos()) / 2.0,
+            Form::Blocks => {
+                let length = self.cosine.unwrap_or(n);
+                if i >= length {
+                    return self.end;
+                }
+                (1.0 + (PI * i as f64 / (length.max(2) - 1) as f64).cos()) / 2.0
+            }
+        };
+        self.end + (self.peak - self.end) * share
+    }
+}
+
+/// How the learning rate follows the batch size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LrScaling {
+    /// As written.
+    None,
+    /// `× batch / 256` (DINO, iBOT).
+    #[serde(rename = "linear_256")]
+    Linear256,
+    /// `× √(batch / 1024)` (DINOv2).
+    #[serde(rename = "sqrt_1024")]
+    Sqrt1024,
+    /// `× 4·√(batch / 1024)` (DINOv3, whose recipes state a rate four times smaller).
+    #[serde(rename = "sqrt_1024_times_4")]
+    Sqrt1024Times4,
+}
+
+impl LrScaling {
+    /// The factor for a batch.
+    pub fn factor(self, batch: usize) -> f64 {
+        match self {
+            Self::None => 1.0,
+            Self::Linear256 => batch as f64 / 256.0,
+            Self::Sqrt1024 => (batch as f64 / 1024.0).sqrt(),
+            Self::Sqrt1024Times4 => 4.0 * (batch as f64 / 1024.0).sqrt(),
+        }
+    }
+}
+
+/// The `[schedule]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScheduleConfig {
+    /// How curves are put together.
+    pub form: Form,
+    /// Stretch of the cosines, see [`Curve::trunc_extra`]; with `form = "cosine"`.
+    pub trunc_extra: f64,
+    /// Learning rate, before scaling. Unstable: halve `peak`, double `warmup`.
+    pub lr: CurveConfig,
+    /// Scaling of the learning rate's peak (and end, with `form = "blocks"`).
+    pub lr_scaling: LrScaling,
+    /// Weight decay.
+    pub weight_decay: CurveConfig,
+    /// Momentum of the teacher: the share of its old weights that a step keeps.
+    pub teacher_momentum: CurveConfig,
+    /// Temperature of the teacher's targets. Unstable: lower `peak`, lengthen `warmup`.
+    pub teacher_temp: CurveConfig,
+    /// For how long the prototypes stay as they are.
+    pub freeze_last_layer: Duration,
+}
+
+impl Default for ScheduleConfig {
+    fn default() -> Self {
+        let curve = |start, peak, end, warmup| CurveConfig { start, peak, end, warmup, cosine: None };
+        Self {
+            form: Form::Cosine,
+            trunc_extra: 0.0,
+            lr: curve(0.0, 1e-3, 1e-6, Duration::Epochs(10.0)),
+            lr_scaling: LrScaling::Sqrt1024Times4,
+            weight_decay: curve(0.04, 0.04, 0.4, Duration::ZERO),
+            teacher_momentum: curve(0.992, 0.992, 1.0, Duration::ZERO),
+            teacher_temp: curve(0.04, 0.07, 0.07, Duration::Epochs(30.0)),
+            freeze_last_layer: Duration::Epochs(1.0),
+        }
+    }
+}
+
+/// The values of one step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scheduled {
+    /// The step, from 0.
+    pub step: u64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Learning rate of the prototypes.
+    pub last_layer_lr: f64,
+    /// Weight decay.
+    pub weight_decay: f64,
+    /// Momentum of the teacher.
+    pub teacher_momentum: f64,
+    /// Temperature of the teacher's CLS targets.
+    pub teacher_temp: f64,
+    /// Temperature of the teacher's patch targets.
+    pub teacher_patch_temp: f64,
+}
+
+/// All schedules of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schedule {
+    /// Learning rate, scaled.
+    pub lr: Curve,
+    /// Weight decay.
+    pub weight_decay: Curve,
+    /// Momentum of the teacher.
+    pub teacher_momentum: Curve,
+    /// Temperature of the teacher.
+    pub teacher_temp: Curve,
+    /// Steps in which the prototypes stay as they are.
+    pub freeze_steps: u64,
+    /// All steps.
+    pub total: u64,
+}
+
+impl Schedule {
+    /// The schedules of a run of `total` steps with batches of `batch` images from `samples` images.
+    ///
+    /// # Errors
+    /// Parts that are longer than the run, with both lengths.
+    pub fn new(config: &ScheduleConfig, total: u64, batch: usize, samples: usize) -> Result<Self, String> {
+        let steps = |duration: Duration| duration.steps(batch, samples);
+        let curve = |name: &str, c: &CurveConfig, scale_peak: f64, scale_end: f64| {
+            let (warmup, cosine) = (steps(c.warmup), c.cosine.map(steps));
+            if config.form == Form::Cosine && cosine.is_some() {
+                return Err(format!("`schedule.{name}.cosine` needs `schedule.form = \"blocks\"`"));
+            }
+            let parts = warmup + cosine.unwrap_or(0);
+            if parts > total {
+                return Err(format!(
+                    "`schedule.{name}`: warm-up and cosine take {parts} steps, the whole run {total}\n\nhint: shorten \
+                     `schedule.{name}.warmup`, or lengthen `train.length`"
+                ));
+            }
+            Ok(Curve {
+                form: config.form,
+                start: c.start,
+                peak: c.peak * scale_peak,
+                end: c.end * scale_end,
+                warmup,
+                cosine,
+                trunc_extra: config.trunc_extra,
+                total,
+            })
+        };
+        let factor = config.lr_scaling.factor(batch);
+        let end_factor = if config.form == Form::Blocks { factor } else { 1.0 };
+        // The temperature has no cosine in the first form: after its warm-up it stays.
+        let temp = CurveConfig { cosine: config.teacher_temp.cosine, ..config.teacher_temp.clone() };
+        Ok(Self {
+            lr: curve("lr", &config.lr, factor, end_factor)?,
+            weight_decay: curve("weight_decay", &config.weight_decay, 1.0, 1.0)?,
+            teacher_momentum: curve("teacher_momentum", &config.teacher_momentum, 1.0, 1.0)?,
+            teacher_temp: curve("teacher_temp", &temp, 1.0, 1.0)?,
+            freeze_steps: steps(config.freeze_last_layer),
+            total,
+        })
+    }
+
+    /// The values of a step, counted from 0.
+    pub fn at(&self, step: u64) -> Scheduled {
+        let lr = self.lr.at(step);
+        let teacher_temp = self.teacher_temp.at(step);
+        Scheduled {
+            step,
+            lr,
+            last_layer_lr: if step < self.freeze_steps { 0.0 } else { lr },
+            weight_decay: self.weight_decay.at(step),
+            teacher_momentum: self.teacher_momentum.at(step),
+            teacher_temp,
+            teacher_patch_temp: teacher_temp,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn curve(form: Form, [start, peak, end]: [f64; 3], warmup: u64, cosine: Option<u64>, extra: f64, total: u64) -> Curve {
+        Curve { form, start, peak, end, warmup, cosine, trunc_extra: extra, total }
+    }
+
+    #[test]
+    fn curves_by_hand() {
+        let cases = [
+            (
+                curve(Form::Cosine, [0.0, 1.0, 0.0], 2, None, 0.0, 10),
+                vec![0.0, 1.0, 1.0, 0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060, 0.0],
+            ),
+            (
+                curve(Form::Cosine, [0.0, 1.0, 0.0], 0, None, 0.25, 8),
+                vec![1.0, 0.965852, 0.867526, 0.716881, 0.532089, 0.335437, 0.150644, 0.0],
+            ),
+            (
+                curve(Form::Blocks, [0.0, 1.0, 0.1], 2, None, 0.0, 10),
+                vec![0.0, 0.5, 1.0, 0.955436, 0.830570, 0.650134, 0.449866, 0.269430, 0.144564, 0.1],
+            ),
+            (curve(Form::Blocks, [0.0, 0.0, 2.0], 3, Some(3), 0.0, 8), vec![0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 2.0, 2.0]),
+            (curve(Form::Cosine, [0.5, 1.0, 0.0], 1, None, 0.0, 1), vec![0.5, 0.0]),
+            (curve(Form::Blocks, [0.5, 1.0, 0.0], 3, None, 0.0, 3), vec![0.5, 2.0 / 3.0, 5.0 / 6.0, 0.0]),
+        ];
+        assert_eq!(cases.len(), 6);
+        for (curve, expected) in cases {
+            for (step, expected) in expected.into_iter().enumerate() {
+                let found = curve.at(step as u64);
+                assert!((found - expected).abs() < 1e-6, "{curve:?} at {step}: {found}, not {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_two_square_root_rules_agree_on_the_references_own_rates() {
+        let v2 = 0.004 * LrScaling::Sqrt1024.factor(2048);
+        let v3 = 0.001 * LrScaling::Sqrt1024Times4.factor(2048);
+        assert!((v2 - 0.00565685).abs() < 1e-8 && (v2 - v3).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_warmup_longer_than_the_run_is_an_error_with_both_lengths() {
+        let error = Schedule::new(&ScheduleConfig::default(), 50, 10, 100).expect_err("10 epochs are 100 steps");
+        assert!(error.contains("100 steps") && error.contains("50"), "{error}");
+    }
+}
