@@ -1,1 +1,76 @@
-fn main() {}
+//! The `dinoxide` command. The only crate that reads arguments, prints, and exits.
+
+mod device;
+mod eval;
+mod inspect;
+mod recipes;
+mod table;
+mod terminal;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Tensors of a step are allocated and freed by the thousand; giving their memory back to the system and asking for it
+/// again costs more than the work on the small ones.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Train vision backbones by self-distillation (DINO, iBOT, DINOv2, DINOv3) on a plain folder of images.
+#[derive(Parser)]
+#[command(version, max_term_width = 110, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a recipe; without arguments, the quickstart on built-in images.
+    Train(train::Args),
+    /// Measure what a trained backbone's features are worth.
+    #[command(subcommand)]
+    Eval(eval::Command),
+    /// Show what a weight file holds: architecture, origin, parameters.
+    Inspect(inspect::Args),
+    /// List the recipes, or show one with every value and where it comes from.
+    Recipes(recipes::Args),
+}
+
+/// The exit codes.
+mod exit {
+    pub(crate) const FAILURE: u8 = 1;
+    pub(crate) const USAGE: u8 = 2;
+    pub(crate) const INTERRUPTED: u8 = 130;
+}
+
+/// An error of the user's making: wrong arguments or configuration.
+#[derive(Debug)]
+struct Usage(anyhow::Error);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    // Parallel operations started from inside the pool need no waking of another thread and no waiting for it.
+    let outcome = rayon::scope(|_| match cli.command {
+        Command::Train(args) => train::run(&args),
+        Command::Eval(command) => eval::run(&command),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Recipes(args) => recipes::run(&args),
+    });
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            terminal::error(&error);
+            ExitCode::from(if error.is::<Usage>() { exit::USAGE } else { exit::FAILURE })
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! `dinoxide train`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::Context;
+use dinoxide_config::Resolved;
+use dinoxide_trainer::run::{Event, Outcome};
+use dinoxide_trainer::{Recipe, train};
+
+use crate::table::{bytes, count, duration};
+use crate::terminal::Log;
+use crate::{Usage, device, exit, recipes, terminal};
+
+/// Train a recipe; without arguments, the quickstart on built-in images.
+///
+/// Any folder of images will do: `dinoxide train --config vits16_dinov3 --data photos/`. Subfolders become classes, which
+/// are not trained on but used to measure k-NN accuracy before, during and after training.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Recipe: a file, or the name of a built-in one (`dinoxide recipes` lists them). With few images or a small machine
+    /// start from `small_64px`
+    #[arg(long, value_name = "RECIPE", default_value = "quickstart", conflicts_with = "resume")]
+    config: String,
+    /// Images to train on: a folder of any depth, or `synthetic`. Replaces `data.source`
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    data: Option<String>,
+    /// Run directory. An unfinished run of the same configuration goes on where it stopped. Default: `runs/<recipe>`, with
+    /// a number when that exists
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    run: Option<PathBuf>,
+    /// Go on with the run in this directory, with its own configuration
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
+    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `metal`. Too slow on `cpu`: a smaller `model.arch`, fewer
+    /// `augmentation.local_crops`, smaller crops
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Images per step. Out of memory: lower it, or raise `efficiency.micro_batches`. Unstable or collapsing: a larger
+    /// batch makes Sinkhorn's targets better. Replaces `train.batch_size`
+    #[arg(long, value_name = "N")]
+    batch_size: Option<usize>,
+    /// How long: "100 epochs", "5000 steps", "2M images". Replaces `train.length`; warm-ups in epochs stay as they are
+    #[arg(long, value_name = "LENGTH")]
+    length: Option<String>,
+    /// Peak learning rate before scaling by the batch size. Loss rises or is not finite: halve it. Replaces
+    /// `schedule.lr.peak`
+    #[arg(long, value_name = "RATE")]
+    lr: Option<f64>,
+    /// Seed of every random draw. Replaces `train.seed`
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Threads that read and augment images. A high "wait" in the progress line: more. Replaces
+    /// `efficiency.loader_threads`; batches do not depend on it
+    #[arg(long, value_name = "N")]
+    loader_threads: Option<usize>,
+    /// Override any value of the recipe, as often as needed: `--set schedule.teacher_temp.peak=0.06` (targets too
+    /// sharp or unstable: lower), `--set schedule.teacher_momentum.peak=0.996` (small batches: higher),
+    /// `--set dino_head.prototypes=4096` (few images, slow heads: fewer), `--set model.drop_path_rate=0.1` (overfitting or
+    /// large models: higher). `dinoxide recipes NAME` shows every key
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+impl Args {
+    /// The flags as overrides, in the order in which they apply: `--set` comes last and wins.
+    fn overrides(&self) -> Vec<String> {
+        let text = |value: &str| format!("'{}'", value.replace('\'', ""));
+        let mut all = Vec::new();
+        let mut push = |key: &str, value: Option<String>| all.extend(value.map(|value| format!("{key}={value}")));
+        push("data.source", self.data.as_deref().map(text));
+        push("run.device", self.device.as_deref().map(text));
+        push("train.batch_size", self.batch_size.map(|n| n.to_string()));
+        push("train.length", self.length.as_deref().map(text));
+        push("schedule.lr.peak", self.lr.map(|rate| format!("{rate:?}")));
+        push("train.seed", self.seed.map(|n| n.to_string()));
+        push("efficiency.loader_threads", self.loader_threads.map(|n| n.to_string()));
+        all.extend(self.set.iter().cloned());
+        all
+    }
+
+    fn recipe(&self) -> anyhow::Result<Resolved<Recipe>> {
+        match &self.resume {
+            None => recipes::resolve(&self.config, &self.overrides()),
+            Some(directory) => {
+                let path = directory.join("config.toml");
+                if !path.is_file() {
+                    let message = format!(
+                        "{}: no `config.toml` here, so no run to resume\n\nhint: start one with `--run {}`",
+                        directory.display(),
+                        directory.display()
+                    );
+                    return Err(Usage(anyhow::Error::msg(message)).into());
+                }
+                recipes::resolve(&path.to_string_lossy(), &self.overrides())
+            }
+        }
+    }
+
+    fn directory(&self) -> PathBuf {
+        if let Some(directory) = self.resume.as_ref().or(self.run.as_ref()) {
+            return directory.clone();
+        }
+        let stem = Path::new(&self.config).file_stem().map_or("run".into(), |s| s.to_string_lossy().into_owned());
+        let numbered = |n: u32| Path::new("runs").join(if n == 1 { stem.clone() } else { format!("{stem}-{n}") });
+        (1..).map(numbered).find(|path| !path.exists()).expect("a free number")
+    }
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let recipe = args.recipe()?;
+    let device = device::parse(&recipe.value.run.device)?;
+    let directory = args.directory();
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    ctrlc::set_handler(move || {
+        // The second signal is for those who will not wait for the step to end.
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(exit::INTERRUPTED));
+        }
+    })
+    .context("cannot listen for Ctrl-C")?;
+
+    let mut screen = Screen {
+        log: Log::new(None)?,
+        recipe: &recipe.value,
+        directory: &directory,
+        last_line: None,
+        steps: 0,
+        evaluating: false,
+    };
+    screen.log.line(&format!("recipe     {}", recipe.source));
+    let outcome = train(&recipe, &directory, &device, &stop, &mut |event| screen.show(event));
+    screen.log.clear();
+    let outcome = outcome.map_err(|error| {
+        // A step that is not finite is the run's failure; wrong values are the user's.
+        if error.is_usage() { Usage(error.into()).into() } else { anyhow::Error::from(error) }
+    });
+    let outcome = match outcome {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            screen.log.keep(&format!("error: {error:#}"));
+            return Err(error);
+        }
+    };
+    screen.finish(&outcome);
+    Ok(if outcome.interrupted { ExitCode::from(exit::INTERRUPTED) } else { ExitCode::SUCCESS })
+}
+
+/// What the terminal shows of a run.
+struct Screen<'a> {
+    log: Log,
+    recipe: &'a Recipe,
+    directory: &'a Path,
+    last_line: Option<Instant>,
+    steps: u64,
+    evaluating: bool,
+}
+
+const TRAINING: &str = "{bar:28} {pos}/{len} {msg}";
+const EVALUATING: &str = "{bar:28} k-NN {pos}/{len} images";
+/// Seconds between plain lines when there is no bar.
+const LINE_EVERY: f64 = 10.0;
+
+impl Screen<'_> {
+    fn show(&mut self, event: Event<'_>) {
+        match event {
+            Event::Started { plan, backbone_parameters, head_parameters, classes, resumed, monitored } => {
+                if let Ok(log) = Log::new(Some(&self.directory.join("log.txt"))) {
+                    self.log = log;
+                }
+                let recipe = self.recipe;
+                let backbone = &plan.backbone;
+                let (batch, crops) = (recipe.train.batch_size, &recipe.augmentation);
+                let epochs = plan.steps as f64 * batch as f64 / plan.samples as f64;
+                let classes = match classes {
+                    0 => "no classes".to_owned(),
+                    n => format!("{n} classes"),
+                };
+                let lines = [
+                    format!("run        {}", self.directory.display()),
+                    format!("images     {} in {}, {classes}", count(plan.samples as u64), recipe.data.source),
+                    format!(
+                        "backbone   ViT {} wide, {} deep, {} heads, patch {}: {:.1} M parameters, heads {:.1} M",
+                        backbone.embed_dim,
+                        backbone.depth,
+                        backbone.num_heads,
+                        backbone.patch_size,
+                        backbone_parameters as f64 / 1e6,
+                        head_parameters as f64 / 1e6
+                    ),
+                    format!(
+                        "crops      2 × {} px, {} × {} px",
+                        crops.global_crop_size, crops.local_crops, crops.local_crop_size
+                    ),
+                    format!(
+                        "length     {} steps of {batch} images = {} images = {epochs:.1} epochs",
+                        count(plan.steps),
+                        count(plan.steps * batch as u64)
+                    ),
+                    format!("lr         {:.2e} at its peak (after scaling by the batch size)", plan.schedule.lr.peak),
+                    format!("loss       at chance about ln K = {:.2} for CLS tokens", (recipe.dino_head.prototypes as f64).ln()),
+                ];
+                lines.iter().for_each(|line| self.log.line(line));
+                if !monitored {
+                    self.log.line("k-NN       not measured: the images have no classes (see `eval.train`, `eval.val`)");
+                }
+                if let Some(step) = resumed {
+                    self.log.line(&format!("resumed    after step {}", count(step)));
+                }
+                self.steps = plan.steps;
+                self.log.bar(plan.steps, resumed.unwrap_or(0), TRAINING);
+            }
+            Event::DamagedCheckpoint { path, reason } => {
+                self.log.line(&format!("warning: {} is damaged ({reason}); falling back to the one before it", path.display()));
+            }
+            Event::BadImage(rejected) => {
+                self.log.line(&format!("warning: {}: {}; another image takes its place", rejected.id, rejected.reason));
+            }
+            Event::Step { report, images_per_second, data_wait, memory_bytes, logged } => {
+                let step = report.at.step + 1;
+                let steps = self.steps;
+                let left = (steps - step) as f64 * self.recipe.train.batch_size as f64 / images_per_second.max(1e-9);
+                let terms: Vec<String> =
+                    report.losses.named().into_iter().filter_map(|(name, v)| Some(format!("{name} {:.3}", v?))).collect();
+                let message = format!(
+                    "loss {:.4} ({})  {images_per_second:.1} img/s  wait {:.0} %  {}  eta {}",
+                    report.losses.total,
+                    terms.join(", "),
+                    100.0 * data_wait,
+                    bytes(memory_bytes),
+                    duration(left)
+                );
+                let plain = format!("step {step}/{steps}  {message}");
+                self.log.set(step, message);
+                if logged {
+                    self.log.keep(&plain);
+                }
+                let due = self.last_line.is_none_or(|at| at.elapsed().as_secs_f64() > LINE_EVERY);
+                if !self.log.is_interactive() && due {
+                    self.last_line = Some(Instant::now());
+                    terminal::plain(&plain);
+                }
+            }
+            Event::Evaluating { done, of } => {
+                if !self.evaluating {
+                    self.evaluating = true;
+                    self.log.bar(of as u64, 0, EVALUATING);
+                }
+                self.log.set(done as u64, String::new());
+            }
+            Event::Evaluated { step, finding } => {
+                self.evaluating = false;
+                self.log.line(&format!(
+                    "k-NN       {:.2} % after {} steps (chance {:.2} %), effective rank {:.1} of {}",
+                    finding.knn.top1,
+                    count(step),
+                    finding.knn.chance,
+                    finding.effective_rank,
+                    finding.embed_dim
+                ));
+                self.log.bar(self.steps, step, TRAINING);
+            }
+            Event::Checkpoint(path) => self.log.keep(&format!("checkpoint {}", path.display())),
+        }
+    }
+
+    fn finish(&mut self, outcome: &Outcome) {
+        let state = if outcome.interrupted { "stopped" } else { "finished" };
+        self.log.line(&format!(
+            "{state}   {} steps, {} images in {}: {:.1} img/s, at most {}",
+            count(outcome.steps),
+            count(outcome.images),
+            duration(outcome.seconds),
+            outcome.images as f64 / outcome.seconds.max(1e-9),
+            bytes(outcome.peak_memory_bytes)
+        ));
+        self.log.line(&format!("backbone   {}", outcome.teacher.display()));
+        if outcome.interrupted {
+            let resume = format!("dinoxide train --resume {}", self.directory.display());
+            self.log.line(&format!("go on with `{resume}`"));
+        } else if let (Some(before), Some(last)) = (outcome.first_knn, &outcome.last) {
+            let line = format!(
+                "k-NN accuracy: {before:.2} % before training, {:.2} % after (chance {:.2} %)",
+                last.knn.top1, last.knn.chance
+            );
+            self.log.keep(&line);
+            terminal::data(&line);
+        }
+    }
+}
