@@ -1,6 +1,6 @@
 //! The DINO loss: a crop's CLS token should be assigned to prototypes as the teacher assigns another crop's (DINO eq. 3).
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, s};
 
 use crate::{
     Loss,
@@ -48,7 +48,7 @@ fn summed(targets: &Tensor<3>, teacher_crops: impl Iterator<Item = usize>, pairs
     let mut mass = 0.0;
     let mut sum: Option<Tensor<2>> = None;
     for t in teacher_crops {
-        let one = targets.clone().slice([t..t + 1]).reshape([batch, prototypes]);
+        let one = targets.clone().slice(s![t..t + 1]).reshape([batch, prototypes]);
         sum = Some(match sum {
             Some(sum) => sum + one,
             None => one,

@@ -70,8 +70,8 @@ fn cross_entropy_in_blocks(
             let log_sum = peak + total.clone().log();
             value = value + ((log_sum * group.mass - expected) * weights.clone()).sum();
             if tracked {
-                let gradient =
-                    exponentials * (weights.clone() * group.mass / total / temperature) - target * (weights / temperature);
+                let gradient = exponentials * (weights.clone() * group.mass / total / temperature)
+                    - target * (weights / temperature);
                 x_gradients.push(gradient.clone().matmul(w.clone()));
                 let partial = gradient.transpose().matmul(x_block);
                 w_gradient = Some(match w_gradient {
@@ -116,7 +116,11 @@ mod tests {
         let (gx, gw) = (x.grad(&grads).expect("gradient"), w.grad(&grads).expect("gradient"));
 
         let halves = [
-            Targets { probabilities: target.clone().slice(s![0..3, ..]), mass: 2.0, weights: weights.clone().slice(s![0..3]) },
+            Targets {
+                probabilities: target.clone().slice(s![0..3, ..]),
+                mass: 2.0,
+                weights: weights.clone().slice(s![0..3]),
+            },
             Targets { probabilities: target.slice(s![3..7, ..]), mass: 2.0, weights: weights.slice(s![3..7]) },
         ];
         for block_elements in [1, 2 * k, 1000] {

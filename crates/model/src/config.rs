@@ -352,7 +352,11 @@ impl ModelConfig {
                 periods: match (self.rope_min_period, self.rope_max_period) {
                     (None, None) => RopePeriods::Base(self.rope_base),
                     (Some(min), Some(max)) => RopePeriods::Range { min, max },
-                    _ => return Err(ModelError::config("`model.rope_min_period` and `model.rope_max_period` go together: give both or neither")),
+                    _ => {
+                        return Err(ModelError::config(
+                            "`model.rope_min_period` and `model.rope_max_period` go together: give both or neither",
+                        ));
+                    }
                 },
                 normalize: self.rope_normalize,
                 shift: self.rope_shift,
@@ -435,7 +439,9 @@ impl VitConfig {
         }
         if !self.embed_dim.is_multiple_of(self.num_heads) {
             let (dim, heads) = (self.embed_dim, self.num_heads);
-            return Err(ModelError::config(format!("`model.embed_dim` {dim} is not a multiple of `model.num_heads` {heads}")));
+            return Err(ModelError::config(format!(
+                "`model.embed_dim` {dim} is not a multiple of `model.num_heads` {heads}"
+            )));
         }
         if self.rope.is_some() && !self.head_dim().is_multiple_of(4) {
             let dim = self.head_dim();
@@ -461,10 +467,16 @@ impl VitConfig {
         if let Some(learned) = &self.learned
             && (learned.grid == 0 || learned.grid > 1 << 12 || !learned.offset.is_finite())
         {
-            return Err(ModelError::config(format!("a learned position table of {0}×{0} patches is not usable", learned.grid)));
+            return Err(ModelError::config(format!(
+                "a learned position table of {0}×{0} patches is not usable",
+                learned.grid
+            )));
         }
         if !(0.0..1.0).contains(&self.drop_path_rate) {
-            return Err(ModelError::config(format!("`model.drop_path_rate` is {}, outside [0, 1)", self.drop_path_rate)));
+            return Err(ModelError::config(format!(
+                "`model.drop_path_rate` is {}, outside [0, 1)",
+                self.drop_path_rate
+            )));
         }
         if !(self.norm_eps > 0.0 && self.norm_eps < 1.0) {
             return Err(ModelError::config(format!("`model.norm_eps` is {}, outside (0, 1)", self.norm_eps)));

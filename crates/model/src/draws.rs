@@ -21,6 +21,21 @@ pub enum BranchDraw {
     Scale(Vec<f32>),
 }
 
+impl BranchDraw {
+    /// The subset form at a drop rate: of a random order of the batch, the first `max(⌊batch·(1 − rate)⌋, 1)` run.
+    pub fn subset(rate: f64, mut order: Vec<usize>) -> Self {
+        let kept = ((order.len() as f64 * (1.0 - rate)) as usize).max(1);
+        order.truncate(kept);
+        Self::Subset(order)
+    }
+
+    /// The per-sample form at a drop rate: a sample is dropped where its draw, uniform in [0, 1), is less than the rate.
+    pub fn per_sample(rate: f64, uniform: impl IntoIterator<Item = f64>) -> Self {
+        let scale = (1.0 / (1.0 - rate)) as f32;
+        Self::Scale(uniform.into_iter().map(|u| if u < rate { 0.0 } else { scale }).collect())
+    }
+}
+
 /// The draws of one crop group in one forward: per block, the attention branch, the feed-forward branch and RoPE.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StochasticDraws {
@@ -55,15 +70,10 @@ fn branch(kind: DropPathKind, rate: f64, batch: usize, rng: &mut impl Rng) -> Br
     }
     match kind {
         DropPathKind::Subset => {
-            let kept = ((batch as f64 * (1.0 - rate)) as usize).max(1);
             let mut order: Vec<usize> = (0..batch).collect();
             order.shuffle(rng);
-            order.truncate(kept);
-            BranchDraw::Subset(order)
+            BranchDraw::subset(rate, order)
         }
-        DropPathKind::PerSample => {
-            let scale = (1.0 / (1.0 - rate)) as f32;
-            BranchDraw::Scale((0..batch).map(|_| if rng.random::<f64>() < rate { 0.0 } else { scale }).collect())
-        }
+        DropPathKind::PerSample => BranchDraw::per_sample(rate, (0..batch).map(|_| rng.random())),
     }
 }

@@ -36,13 +36,27 @@ pub struct HeadConfig {
     pub hidden_dim: usize,
     /// Linear layers before the prototypes, at least 1.
     pub layers: usize,
+    /// Whether these linear layers have biases.
+    pub mlp_bias: bool,
     /// Normalisation of the prototypes.
     pub norm: HeadNorm,
+    /// Number of prototypes of patch tokens, where they are others than those of CLS on the same MLP (iBOT without a shared
+    /// head).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patch_prototypes: Option<usize>,
 }
 
 impl Default for HeadConfig {
     fn default() -> Self {
-        Self { prototypes: 65536, bottleneck_dim: 256, hidden_dim: 2048, layers: 3, norm: HeadNorm::None }
+        Self {
+            prototypes: 65536,
+            bottleneck_dim: 256,
+            hidden_dim: 2048,
+            layers: 3,
+            mlp_bias: true,
+            norm: HeadNorm::None,
+            patch_prototypes: None,
+        }
     }
 }
 
@@ -60,15 +74,15 @@ pub struct Prototypes {
 }
 
 impl Prototypes {
-    fn new(config: &HeadConfig, init: &mut Init<impl Rng>) -> Self {
-        let shape = [config.prototypes, config.bottleneck_dim];
+    fn new(prototypes: usize, config: &HeadConfig, init: &mut Init<impl Rng>) -> Self {
+        let shape = [prototypes, config.bottleneck_dim];
         match config.norm {
             HeadNorm::None => {
                 Self { weight: Some(init.normal(shape, 0.02)), weight_g: None, weight_v: None, fixed: false }
             }
             norm => Self {
                 weight: None,
-                weight_g: Some(init.constant([config.prototypes, 1], 1.0)),
+                weight_g: Some(init.constant([prototypes, 1], 1.0)),
                 // PyTorch's default for a linear layer: the references create this layer after their own initialisation.
                 weight_v: Some(init.uniform(shape, 1.0 / (config.bottleneck_dim as f64).sqrt())),
                 fixed: norm == HeadNorm::WeightFixed,
@@ -115,12 +129,16 @@ impl ProjectionHead {
             let input = if layer == 0 { embed_dim } else { config.hidden_dim };
             let last = layer + 1 == config.layers;
             let output = if last { config.bottleneck_dim } else { config.hidden_dim };
-            mlp.push(Some(Linear::new(input, output, true, &mut init)));
+            mlp.push(Some(Linear::new(input, output, config.mlp_bias, &mut init)));
             if !last {
                 mlp.push(None);
             }
         }
-        Self { mlp, last_layer: Prototypes::new(config, &mut init), last_layer2: None }
+        Self {
+            mlp,
+            last_layer: Prototypes::new(config.prototypes, config, &mut init),
+            last_layer2: config.patch_prototypes.map(|count| Prototypes::new(count, config, &mut init)),
+        }
     }
 
     /// The normalised bottleneck of tokens: `x [M, D]` → `[M, bottleneck]`, rows of length 1.
@@ -136,8 +154,18 @@ impl ProjectionHead {
         y / length
     }
 
+    /// The prototypes that patch tokens are assigned to: their own where the head has such, else those of CLS.
+    pub fn patch_prototypes(&self) -> &Prototypes {
+        self.last_layer2.as_ref().unwrap_or(&self.last_layer)
+    }
+
     /// Logits of tokens: `x [M, D]` → `[M, K]`.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         kernels::linear(self.bottleneck(x), self.last_layer.vectors(), None)
+    }
+
+    /// Logits of patch tokens: `x [M, D]` → `[M, K']`, with the [`patch_prototypes`](Self::patch_prototypes).
+    pub fn forward_patches(&self, x: Tensor<2>) -> Tensor<2> {
+        kernels::linear(self.bottleneck(x), self.patch_prototypes().vectors(), None)
     }
 }

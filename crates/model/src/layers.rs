@@ -113,12 +113,19 @@ impl SelfAttention {
     /// The bias with its key third held at zero where the model asks for it; that third then has no gradient either.
     fn qkv_bias(&self) -> Option<Tensor<1>> {
         let bias = self.qkv.bias.as_ref()?.val();
-        if !self.mask_k_bias {
-            return Some(bias);
-        }
-        let mask = bias_mask(bias.dims()[0] / 3);
-        let mask = Tensor::from_data(TensorData::from(mask.as_slice()), &bias.device());
-        Some(bias * mask)
+        Some(match self.bias_mask() {
+            Some(mask) => {
+                let mask = Tensor::from_data(TensorData::from(mask.as_slice()), &bias.device());
+                bias * mask
+            }
+            None => bias,
+        })
+    }
+
+    /// What the qkv bias is multiplied with, `[3·D]`: DINOv3's buffer `bias_mask`. `None` where no key bias is held at zero.
+    pub fn bias_mask(&self) -> Option<Vec<f32>> {
+        let bias = self.qkv.bias.as_ref().filter(|_| self.mask_k_bias)?;
+        Some(bias_mask(bias.dims()[0] / 3))
     }
 }
 

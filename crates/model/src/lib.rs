@@ -16,7 +16,7 @@ pub mod weights;
 
 pub use config::{Arch, ModelConfig, VitConfig};
 pub use draws::{BranchDraw, StochasticDraws};
-pub use head::{HeadConfig, HeadNorm, ProjectionHead};
+pub use head::{HeadConfig, HeadNorm, ProjectionHead, Prototypes};
 pub use layers::{Block, Ffn, LayerScale, Linear, Norm, SelfAttention};
 pub use rope::{Rope, RopeDraw};
 pub use vit::{CropGroup, Features, LayerFeatures, Vit};

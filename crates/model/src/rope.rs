@@ -106,6 +106,7 @@ impl Rope {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::tensor::s;
 
     fn config(normalize: RopeNormalize) -> RopeConfig {
         RopeConfig { periods: RopePeriods::Base(100.0), normalize, shift: 0.0, jitter: 1.0, rescale: 1.0 }
@@ -132,8 +133,8 @@ mod tests {
     fn prefix_tokens_are_not_turned() {
         let table = Rope::new(config(RopeNormalize::Max), 8).table((2, 3), 5, &RopeDraw::NONE, &Device::flex());
         assert_eq!(table.cos.dims(), [11, 8]);
-        let cos: Vec<f32> = table.cos.slice([0..5]).into_data().try_to_vec().expect("f32");
-        let sin: Vec<f32> = table.sin.slice([0..5]).into_data().try_to_vec().expect("f32");
+        let cos: Vec<f32> = table.cos.slice(s![0..5]).into_data().try_to_vec().expect("f32");
+        let sin: Vec<f32> = table.sin.slice(s![0..5]).into_data().try_to_vec().expect("f32");
         assert!(cos.iter().all(|&c| c == 1.0) && sin.iter().all(|&s| s == 0.0));
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     config::VitConfig,
     draws::{BranchDraw, StochasticDraws},
     init::Init,
-    interpolation,
+    interpolation::{self, Filter},
     layers::{Block, Norm},
     rope::{Rope, RopeDraw},
 };
@@ -124,7 +124,8 @@ impl Vit {
         Self {
             cls_token: init.normal([1, 1, dim], token_std),
             pos_embed: config.learned.as_ref().map(|l| init.normal([1, 1 + l.grid * l.grid, dim], 0.02)),
-            register_tokens: (config.register_tokens > 0).then(|| init.normal([1, config.register_tokens, dim], token_std)),
+            register_tokens: (config.register_tokens > 0)
+                .then(|| init.normal([1, config.register_tokens, dim], token_std)),
             mask_token: config.mask_token.then(|| init.constant([1, dim], 0.0)),
             patch_embed: PatchEmbed {
                 proj: PatchProjection {
@@ -217,7 +218,10 @@ impl Vit {
     ) {
         let [_, _, height, width] = images.dims();
         let patch = self.config.patch_size;
-        assert!(height % patch == 0 && width % patch == 0, "{height}×{width} pixels are not tiled by patches of {patch}");
+        assert!(
+            height % patch == 0 && width % patch == 0,
+            "{height}×{width} pixels are not tiled by patches of {patch}"
+        );
         let grid = (height / patch, width / patch);
         let device = images.device();
         let prefix = 1 + self.config.register_tokens;
@@ -273,14 +277,14 @@ impl Vit {
             return table;
         }
         let dim = self.config.embed_dim;
-        let device = table.device();
         // With an offset, PyTorch is given a scale factor and samples at its inverse, not at the ratio of the sizes.
         let matrix = |size: usize| {
-            interpolation::bicubic(side, size, side as f64 / (size as f64 + learned.offset), learned.antialias)
+            let step = side as f64 / (size as f64 + learned.offset);
+            interpolation::weights(Filter::Bicubic, side, size, step, learned.antialias)
         };
         let cls = table.clone().slice([0..1, 0..1]);
-        let patches = table.slice([0..1, 1..1 + side * side]).reshape([side, side, dim]);
-        let patches = interpolation::resize(patches, matrix(grid.0), matrix(grid.1), &device);
+        let patches = table.slice([0..1, 1..1 + side * side]).reshape([1, side, side, dim]);
+        let patches = interpolation::resize(patches, matrix(grid.0), matrix(grid.1));
         Tensor::cat(vec![cls, patches.reshape([1, grid.0 * grid.1, dim])], 1)
     }
 
