@@ -6,9 +6,9 @@
 //! compared with another.
 //!
 //! - [`mod@knn`]: weighted k-nearest neighbours, no training.
-//! - [`linear`]: linear classifiers trained by SGD, a grid of learning rates at once.
-//! - [`logistic`]: multinomial logistic regression to convergence, a grid of regularisation strengths.
-//! - [`spectrum`]: effective rank and other signs of collapse, no labels.
+//! - [`mod@linear`]: linear classifiers trained by SGD, a grid of learning rates at once.
+//! - [`mod@logistic`]: multinomial logistic regression to convergence, a grid of regularisation strengths.
+//! - [`mod@spectrum`]: effective rank and other signs of collapse, no labels.
 //! - [`segmentation`], [`depth`]: the arithmetic of the dense-prediction metrics.
 
 pub mod accuracy;
@@ -22,6 +22,7 @@ mod lbfgs;
 pub mod linear;
 mod linear_probe;
 pub mod logistic;
+pub mod logistic_model;
 pub mod neighbors;
 pub mod protocol;
 pub mod segmentation;
@@ -38,7 +39,8 @@ pub use features::Features;
 pub use knn::{KnnConfig, KnnScores, knn};
 pub use labels::LabeledFeatures;
 pub use linear::{FeatureSet, LinearConfig, LinearProgress, LinearScores, linear};
-pub use logistic::{LogisticConfig, LogisticModel, LogisticScores, logistic};
+pub use logistic::{LogisticConfig, LogisticScores, logistic};
+pub use logistic_model::{LogisticModel, fit_logistic};
 pub use neighbors::{Neighbor, nearest_neighbors};
 pub use protocol::{FeatureSource, Method, Protocol, Report, Token};
 pub use segmentation::{ConfusionMatrix, SegmentationScores};

@@ -131,10 +131,11 @@ pub fn linear(
     let total = config.iterations * (feature_sets.len() + usize::from(split.is_some()));
     let mut finished = 0;
 
+    let rates: Vec<f64> = config.learning_rates.iter().map(|&rate| config.scaled(rate)).collect();
     let mut candidates = Vec::new();
     for (number, set) in (0..).zip(feature_sets) {
         let samples = Samples { of: &set.train, rows: fit_rows };
-        let probes = Probes::train(samples, &config.schedule(&config.scaled_rates(), number), device, |iteration| {
+        let probes = Probes::train(samples, &config.schedule(&rates, number), device, |iteration| {
             progress(LinearProgress { feature_set: &set.name, is_final: false, done: finished + iteration, total });
         });
         finished += config.iterations;
@@ -158,7 +159,7 @@ pub fn linear(
     if split.is_some() {
         let number = best / config.learning_rates.len();
         let set = &feature_sets[number];
-        let rates = [chosen.learning_rate * config.batch_size as f64 / REFERENCE_BATCH];
+        let rates = [config.scaled(chosen.learning_rate)];
         let samples = Samples { of: &set.train, rows: &all };
         let probes = Probes::train(samples, &config.schedule(&rates, number as u64), device, |iteration| {
             progress(LinearProgress { feature_set: &set.name, is_final: true, done: finished + iteration, total });
@@ -197,8 +198,9 @@ impl LinearConfig {
         Ok(())
     }
 
-    fn scaled_rates(&self) -> Vec<f64> {
-        self.learning_rates.iter().map(|rate| rate * self.batch_size as f64 / REFERENCE_BATCH).collect()
+    /// The rate in use for one that is stated for batches of 256 samples.
+    fn scaled(&self, rate: f64) -> f64 {
+        rate * self.batch_size as f64 / REFERENCE_BATCH
     }
 
     fn schedule<'a>(&self, rates: &'a [f64], feature_set: u64) -> Schedule<'a> {
@@ -275,6 +277,15 @@ mod tests {
         assert_eq!((progress[0], progress[179]), ((1, 180, false), (180, 180, true)));
         assert_eq!(report.protocol.features.len(), 2);
         assert_eq!(run(&sets, &config()).unwrap(), report);
+
+        // The same classifier trained directly, on all of train, at the rate that batches of 32 samples call for.
+        let rates = [scores.learning_rate * 32.0 / 256.0];
+        let schedule =
+            Schedule { rates: &rates, iterations: 60, batch_size: 32, momentum: 0.9, seed: 0, feature_set: 1 };
+        let (all, val): (Vec<u32>, Vec<u32>) = ((0..90).collect(), (0..35).collect());
+        let probes = Probes::train(Samples { of: &sets[1].train, rows: &all }, &schedule, &Device::flex(), |_| ());
+        let direct = probes.score(Samples { of: &sets[1].val, rows: &val }, &Device::flex()).unwrap()[0];
+        assert_eq!((scores.accuracy, scores.loss), (direct.accuracy, direct.loss));
     }
 
     #[test]

@@ -12,9 +12,9 @@ use rayon::prelude::*;
 use crate::{error::EvaluationError, features::Features, top_k::TopK};
 
 /// Most train rows in a block of similarities.
-const TRAIN_BLOCK: usize = 4096;
+const TRAIN_BLOCK: usize = 2048;
 /// Most val rows in a block of similarities.
-const QUERY_BLOCK: usize = 512;
+const QUERY_BLOCK: usize = 256;
 /// Val rows that are searched for together: each reads the train features once.
 const QUERY_WAVE: usize = 8192;
 /// Blocks are padded to a multiple of this, see [`Blocks`].
@@ -117,11 +117,20 @@ pub(crate) fn search<T: Send>(
         let mut best: Vec<Vec<TopK>> = wave.iter().map(|range| range.clone().map(|_| TopK::new(k)).collect()).collect();
         for train_range in train_blocks.ranges() {
             let keys = train_blocks.load_transposed(train, &train_scales, train_range.clone(), device);
-            for (query, best) in loaded.iter().zip(&mut best) {
+            let advance = |(query, best): (&Tensor<2>, &mut Vec<TopK>)| {
                 let similarities = read(query.clone().matmul(keys.clone()))?;
-                best.par_iter_mut().zip(floats(&similarities)?.par_chunks(train_blocks.length)).for_each(|(best, row)| {
-                    best.offer(train_range.start, &row[..train_range.len()]);
-                });
+                best.par_iter_mut().zip(floats(&similarities)?.par_chunks(train_blocks.length)).for_each(
+                    |(best, row)| {
+                        best.offer(train_range.start, &row[..train_range.len()]);
+                    },
+                );
+                Ok(())
+            };
+            // On the host a thread takes a block from the product to the ranking; other devices are fed by one thread.
+            if *device == Device::flex() {
+                loaded.par_iter().zip(&mut best).try_for_each(advance)?;
+            } else {
+                loaded.iter().zip(&mut best).try_for_each(advance)?;
             }
         }
         let first = results.len();

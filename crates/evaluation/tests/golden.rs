@@ -10,9 +10,8 @@ use burn::tensor::Device;
 use dinoxide_evaluation::{
     ConfusionMatrix, FeatureSource, Features, KnnConfig, LabeledFeatures, LogisticConfig,
     depth::{DepthScores, depth_scores},
-    knn,
+    fit_logistic, knn,
     knn::class_scores,
-    logistic::fit_logistic,
     segmentation::SegmentationScores,
 };
 use safetensors::{Dtype, SafeTensors};

@@ -39,6 +39,32 @@ const HELD_OUT: usize = 10;
 /// Images in one forward of the teacher.
 const BATCH: usize = 64;
 
+/// Indices by class, then by index.
+fn by_class(source: &dyn Source, mut indices: Vec<usize>) -> Vec<usize> {
+    indices.sort_by_key(|&index| (source.label(index), index));
+    indices
+}
+
+/// All images of a source, less every tenth of each class; and those.
+fn hold_out(source: &dyn Source) -> (Vec<usize>, Vec<usize>) {
+    let (mut kept, mut held) = (Vec::new(), Vec::new());
+    let (mut class, mut place) = (None, 0);
+    for index in by_class(source, (0..source.len()).collect()) {
+        if class != Some(source.label(index)) {
+            (class, place) = (Some(source.label(index)), 0);
+        }
+        place += 1;
+        if place % HELD_OUT == 0 { &mut held } else { &mut kept }.push(index);
+    }
+    (kept, held)
+}
+
+/// `keep` of the indices, evenly from all classes.
+fn spread(source: &dyn Source, indices: Vec<usize>, keep: usize) -> Vec<usize> {
+    let sorted = by_class(source, indices);
+    (0..keep).map(|i| sorted[i * sorted.len() / keep]).collect()
+}
+
 impl Monitor {
     /// The evaluation of a recipe that trains on `source`; `None` if there are no classes to tell apart.
     ///
@@ -62,8 +88,7 @@ impl Monitor {
         let all: Vec<usize> = (0..train.len()).collect();
         let (val, val_name, mut train_indices, val_indices) = match config.val.as_str() {
             "" => {
-                // Every tenth of a class: images come class by class, or in an order that has nothing to do with classes.
-                let (held, kept): (Vec<usize>, Vec<usize>) = all.into_iter().partition(|i| i % HELD_OUT == HELD_OUT - 1);
+                let (kept, held) = hold_out(&*train);
                 (train.clone(), format!("{train_name} (every tenth)"), kept, held)
             }
             spec => {
@@ -80,8 +105,7 @@ impl Monitor {
             }
         };
         if config.max_train > 0 && train_indices.len() > config.max_train {
-            let (len, keep) = (train_indices.len(), config.max_train);
-            train_indices = (0..keep).map(|i| train_indices[i * len / keep]).collect();
+            train_indices = spread(&*train, train_indices, config.max_train);
         }
         if val_indices.is_empty() || train_indices.len() < config.k {
             return Ok(None);
@@ -134,5 +158,24 @@ impl Monitor {
             effective_rank: spectrum.effective_rank,
             embed_dim: spectrum.dim,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_keep_their_shares_whatever_their_order() {
+        // Class i mod 12: a plain stride would miss classes.
+        let source = open("synthetic:images=1200,size=16", &DecodeLimits::default()).expect("a source");
+        let (kept, held) = hold_out(&*source);
+        assert_eq!((kept.len(), held.len()), (1080, 120));
+        let some = spread(&*source, kept, 240);
+        for (indices, share) in [(held, 10), (some, 20)] {
+            for class in 0..12 {
+                assert_eq!(indices.iter().filter(|&&i| source.label(i) == Some(class)).count(), share);
+            }
+        }
     }
 }
