@@ -34,7 +34,9 @@ pub(crate) fn parse(text: &str) -> anyhow::Result<Device> {
             let _ = index;
             Err(missing(kind))
         }
-        _ => bail!(Usage(anyhow::anyhow!("unknown device `{text}`\n\nhint: use `cpu`, `cuda:0`, `vulkan:0` or `metal`"))),
+        _ => {
+            bail!(Usage(anyhow::anyhow!("unknown device `{text}`\n\nhint: use `cpu`, `cuda:0`, `vulkan:0` or `metal`")))
+        }
     }
 }
 

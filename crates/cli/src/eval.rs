@@ -7,8 +7,8 @@ use std::sync::Arc;
 use anyhow::Context;
 use dinoxide_data::{DecodeLimits, Source, open};
 use dinoxide_evaluation::{
-    Extracted, Extraction, FeatureSet, FeatureSource, Features, KnnConfig, LinearConfig, Selection, Token, extract, knn,
-    linear, spectrum,
+    Extracted, Extraction, FeatureSet, FeatureSource, Features, KnnConfig, LinearConfig, Selection, Token, extract,
+    knn, linear, spectrum,
 };
 use dinoxide_model::Vit;
 use dinoxide_model::weights::{Description, load_backbone, write_atomically};
@@ -110,6 +110,9 @@ struct Setup {
 impl Setup {
     fn new(common: &Common, last_blocks: usize) -> anyhow::Result<Self> {
         let device = device::parse(&common.device)?;
+        if common.batch_size == 0 {
+            return Err(Usage(anyhow::anyhow!("`--batch-size` is 0, must be at least 1")).into());
+        }
         let (backbone, description) = load_backbone(&common.weights, &device)?;
         let crop_px = common.crop.unwrap_or(description.image_size);
         let extraction = Extraction {
@@ -160,7 +163,9 @@ fn check_classes(sources: &[Arc<dyn Source>; 2], common: &Common) -> anyhow::Res
     let [train, val] = sources;
     for (source, spec) in [(train, &common.train), (val, &common.val)] {
         if source.classes().is_empty() {
-            anyhow::bail!("{spec}: the images have no classes\n\nhint: put each class into a folder of its own, `{spec}/<class>/<image>`");
+            anyhow::bail!(
+                "{spec}: the images have no classes\n\nhint: put each class into a folder of its own, `{spec}/<class>/<image>`"
+            );
         }
     }
     let unknown: Vec<&str> =
@@ -256,7 +261,11 @@ fn run_linear(args: &LinearArgs) -> anyhow::Result<ExitCode> {
     let rows: Vec<Vec<String>> = names
         .iter()
         .map(|name| {
-            let best = scores.candidates.iter().filter(|c| c.feature_set == *name).max_by(|a, b| a.accuracy.top1.total_cmp(&b.accuracy.top1));
+            let best = scores
+                .candidates
+                .iter()
+                .filter(|c| c.feature_set == *name)
+                .max_by(|a, b| a.accuracy.top1.total_cmp(&b.accuracy.top1));
             let best = best.expect("each set has candidates");
             vec![(*name).to_owned(), format!("{:e}", best.learning_rate), format!("{:.2} %", best.accuracy.top1)]
         })
@@ -290,7 +299,11 @@ fn feature_sets(common: &Common, setup: &Setup) -> anyhow::Result<Vec<FeatureSet
                 Ok(Features::linear_input(&cls, patches.then_some(&found.patch_mean), blocks)?)
             };
             let tokens = if patches { vec![Token::Cls, Token::PatchMean] } else { vec![Token::Cls] };
-            let name = format!("cls of {blocks} block{}{}", if blocks > 1 { "s" } else { "" }, if patches { " + patch mean" } else { "" });
+            let name = format!(
+                "cls of {blocks} block{}{}",
+                if blocks > 1 { "s" } else { "" },
+                if patches { " + patch mean" } else { "" }
+            );
             let (train, val) = (&setup.train, &setup.val);
             sets.push(FeatureSet {
                 name,

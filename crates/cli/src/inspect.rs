@@ -55,7 +55,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         a.embed_dim, a.depth, a.num_heads, a.patch_size
     ));
     terminal::data(&format!("trained    {} steps, {} images of {}", count(p.steps), count(p.images), p.data));
-    terminal::data(&format!("images     {} px, mean {:?}, std {:?}", description.image_size, description.mean, description.std));
+    terminal::data(&format!(
+        "images     {} px, mean {:?}, std {:?}",
+        description.image_size, description.mean, description.std
+    ));
     terminal::data(&format!("written by {}", p.software));
     terminal::data(&format!("values     {}\n", count(total as u64)));
     let rows: Vec<Vec<String>> = file

@@ -65,7 +65,8 @@ impl Log {
         self.bar.finish_and_clear();
         if self.is_interactive() {
             let style = indicatif::ProgressStyle::with_template(template).expect("a template of ours");
-            self.bar = indicatif::ProgressBar::new(length).with_position(position).with_style(style.progress_chars("━╸ "));
+            self.bar =
+                indicatif::ProgressBar::new(length).with_position(position).with_style(style.progress_chars("━╸ "));
         }
     }
 

@@ -202,11 +202,18 @@ impl Screen<'_> {
                         count(plan.steps * batch as u64)
                     ),
                     format!("lr         {:.2e} at its peak (after scaling by the batch size)", plan.schedule.lr.peak),
-                    format!("loss       at chance about ln K = {:.2} for CLS tokens", (recipe.dino_head.prototypes as f64).ln()),
+                    format!(
+                        "loss       at chance about ln K = {:.2} for CLS tokens",
+                        (recipe.dino_head.prototypes as f64).ln()
+                    ),
                 ];
                 lines.iter().for_each(|line| self.log.line(line));
                 if !monitored {
-                    self.log.line("k-NN       not measured: the images have no classes (see `eval.train`, `eval.val`)");
+                    self.log.line(&format!(
+                        "k-NN       not measured: it takes two classes, {} images of them, and two more to classify \
+                         (see `eval.train`, `eval.k`)",
+                        recipe.eval.k
+                    ));
                 }
                 if let Some(step) = resumed {
                     self.log.line(&format!("resumed    after step {}", count(step)));
@@ -215,7 +222,10 @@ impl Screen<'_> {
                 self.log.bar(plan.steps, resumed.unwrap_or(0), TRAINING);
             }
             Event::DamagedCheckpoint { path, reason } => {
-                self.log.line(&format!("warning: {} is damaged ({reason}); falling back to the one before it", path.display()));
+                self.log.line(&format!(
+                    "warning: {} is damaged ({reason}); falling back to the one before it",
+                    path.display()
+                ));
             }
             Event::BadImage(rejected) => {
                 self.log.line(&format!("warning: {}: {}; another image takes its place", rejected.id, rejected.reason));
@@ -224,8 +234,12 @@ impl Screen<'_> {
                 let step = report.at.step + 1;
                 let steps = self.steps;
                 let left = (steps - step) as f64 * self.recipe.train.batch_size as f64 / images_per_second.max(1e-9);
-                let terms: Vec<String> =
-                    report.losses.named().into_iter().filter_map(|(name, v)| Some(format!("{name} {:.3}", v?))).collect();
+                let terms: Vec<String> = report
+                    .losses
+                    .named()
+                    .into_iter()
+                    .filter_map(|(name, v)| Some(format!("{name} {:.3}", v?)))
+                    .collect();
                 let message = format!(
                     "loss {:.4} ({})  {images_per_second:.1} img/s  wait {:.0} %  {}  eta {}",
                     report.losses.total,

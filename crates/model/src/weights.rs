@@ -8,8 +8,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::{ModelError, Vit, VitConfig, layers, parameters};
 
@@ -110,19 +111,25 @@ impl WeightFile {
     /// # Panics
     /// If a tensor's values do not fill its shape.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let data: BTreeMap<&str, (Vec<u8>, &[usize])> = self
-            .tensors
-            .iter()
-            .map(|(name, w)| {
-                (name.as_str(), (w.values.iter().flat_map(|v| v.to_le_bytes()).collect(), w.shape.as_slice()))
-            })
-            .collect();
-        let views = data.iter().map(|(name, (bytes, shape))| {
-            (*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).expect("values fill the shape"))
-        });
-        // A hash map has no order of its own, and one entry needs none: everything of ours is in it.
-        let metadata = (!self.metadata.is_empty()).then(|| self.metadata.clone().into_iter().collect());
-        safetensors::serialize(views, metadata).expect("in-memory serialisation of checked tensors")
+        // Not written by the safetensors crate, which takes the metadata as a hash map, in an order that changes.
+        let mut header = serde_json::Map::new();
+        if !self.metadata.is_empty() {
+            header.insert("__metadata__".to_owned(), json!(self.metadata));
+        }
+        let mut end = 0;
+        for (name, Weight { shape, values }) in &self.tensors {
+            assert_eq!(shape.iter().product::<usize>(), values.len(), "values of `{name}` {shape:?}");
+            let start = end;
+            end += size_of_val(values.as_slice());
+            header.insert(name.clone(), json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, end] }));
+        }
+        let mut header = serde_json::to_vec(&header).expect("a header is plain data");
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let mut bytes = Vec::with_capacity(8 + header.len() + end);
+        bytes.extend((header.len() as u64).to_le_bytes());
+        bytes.extend(header);
+        bytes.extend(self.tensors.values().flat_map(|w| &w.values).flat_map(|value| value.to_le_bytes()));
+        bytes
     }
 
     /// Writes the file so that a crash or a full disk leaves either the old file or the new one.
@@ -140,7 +147,11 @@ impl WeightFile {
 /// Whatever the file system says; the temporary file is removed then.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::with_prefix_in(".writing-", folder)?;
+    let mut builder = tempfile::Builder::new();
+    // Temporary files are their owner's alone unless told otherwise; this one is to be like any other.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.prefix(".writing-").tempfile_in(folder)?;
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
     file.persist(path).map_err(|e| e.error)?;

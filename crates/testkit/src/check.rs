@@ -94,6 +94,11 @@ impl<'a> Check<'a> {
         names.iter().for_each(|name| self.fixture.leave_out(name));
         self.report.pending(self.fixture.name(), &format!("{} tensors: {reason}", names.len()));
     }
+
+    /// Leaves out a part of the JSON file, for a reason that the report shows.
+    pub fn pending_part(&mut self, what: &str, reason: &str) {
+        self.report.pending(self.fixture.name(), &format!("{what}: {reason}"));
+    }
 }
 
 #[cfg(test)]

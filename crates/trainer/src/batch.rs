@@ -50,7 +50,8 @@ impl Batch {
         let patches = self.masks.patches;
         let crops: Vec<usize> =
             (0..self.masks.crops / batch).flat_map(|view| range.clone().map(move |b| view * batch + b)).collect();
-        let mut masks = Masks { crops: crops.len(), patches, mask: Vec::new(), indices: Vec::new(), weights: Vec::new() };
+        let mut masks =
+            Masks { crops: crops.len(), patches, mask: Vec::new(), indices: Vec::new(), weights: Vec::new() };
         for (new, &old) in crops.iter().enumerate() {
             masks.mask.extend(&self.masks.mask[old * patches..(old + 1) * patches]);
             for (&index, &weight) in self.masks.indices.iter().zip(&self.masks.weights) {
@@ -60,7 +61,12 @@ impl Batch {
                 }
             }
         }
-        Self { ids: self.ids[range.clone()].to_vec(), global: cut(&self.global), local: self.local.as_ref().map(cut), masks }
+        Self {
+            ids: self.ids[range.clone()].to_vec(),
+            global: cut(&self.global),
+            local: self.local.as_ref().map(cut),
+            masks,
+        }
     }
 }
 
@@ -74,7 +80,8 @@ fn stack<'a>(
     device: &Device,
 ) -> Tensor<5> {
     let (width, height) = crop(&samples[0].1, 0).dimensions();
-    let images = (0..views).flat_map(|v| samples.iter().map(move |(_, crops)| (v, crops))).map(|(v, crops)| crop(crops, v));
+    let images =
+        (0..views).flat_map(|v| samples.iter().map(move |(_, crops)| (v, crops))).map(|(v, crops)| crop(crops, v));
     let flat = normalize(images, (width, height), mean, std);
     let shape = [views, samples.len(), 3, height as usize, width as usize];
     Tensor::from_data(TensorData::new(flat, shape), device)

@@ -50,7 +50,8 @@ fn name(step: u64) -> String {
     format!("{PREFIX}{step:06}")
 }
 
-/// Writes the state as `folder/step-NNNNNN` and removes all but the newest `keep` checkpoints.
+/// Writes the state as `folder/step-NNNNNN` and removes all but the newest `keep` checkpoints. Those of later steps go too:
+/// the run would have gone on from them had they been whole.
 ///
 /// # Errors
 /// Whatever the file system says. Earlier checkpoints are untouched then, and nothing half-written stays.
@@ -70,10 +71,31 @@ pub fn save(folder: &Path, state: &TrainState, progress: &Progress, keep: usize)
         let _ = fs::remove_dir_all(&unfinished);
         return Err(TrainError::io(&target)(error));
     }
-    for (_, old) in list(folder)?.into_iter().rev().skip(keep) {
+    let (later, known): (Vec<_>, Vec<_>) = list(folder)?.into_iter().partition(|(step, _)| *step > progress.step);
+    for (_, old) in later.into_iter().chain(known.into_iter().rev().skip(keep)) {
         fs::remove_dir_all(&old).map_err(TrainError::io(&old))?;
     }
     Ok(target)
+}
+
+/// Removes what a session that was killed while writing left in a folder: files and folders named `.writing-…`.
+///
+/// # Errors
+/// Whatever the file system says; a missing folder has none.
+pub fn remove_unfinished(folder: &Path) -> Result<(), TrainError> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(TrainError::io(folder)(e)),
+    };
+    for entry in entries {
+        let path = entry.map_err(TrainError::io(folder))?.path();
+        if path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(UNFINISHED)) {
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(TrainError::io(&path))?;
+        }
+    }
+    Ok(())
 }
 
 fn write(folder: &Path, state: &TrainState, progress: &Progress) -> std::io::Result<()> {
@@ -127,7 +149,8 @@ pub fn list(folder: &Path) -> Result<Vec<(u64, PathBuf)>, TrainError> {
     let mut found = Vec::new();
     for entry in entries {
         let path = entry.map_err(TrainError::io(folder))?.path();
-        let step = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix(PREFIX)).and_then(|n| n.parse().ok());
+        let step =
+            path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix(PREFIX)).and_then(|n| n.parse().ok());
         if let Some(step) = step {
             found.push((step, path));
         }
@@ -218,4 +241,66 @@ fn put(state: &mut TrainState, manifest: &Manifest, mut file: WeightFile, device
     state.patch_center.value = take("ibot_patch_loss.center".into()).unsqueeze();
     state.step = manifest.progress.step;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dinoxide_model::{HeadConfig, ModelConfig};
+    use dinoxide_random::{Purpose, stream};
+
+    use crate::optimizer::OptimConfig;
+    use crate::step::LossConfig;
+
+    fn state() -> TrainState {
+        let config = ModelConfig {
+            embed_dim: Some(8),
+            depth: Some(1),
+            num_heads: Some(2),
+            patch_size: 4,
+            ..ModelConfig::default()
+        };
+        let head = HeadConfig { prototypes: 5, bottleneck_dim: 3, hidden_dim: 7, ..HeadConfig::default() };
+        let mut rng = stream(0, Purpose::Init, 0, 0);
+        let (optim, loss) = (OptimConfig::default(), LossConfig::default());
+        TrainState::new(&config.resolve(16).expect("sizes fit"), &head, None, &optim, &loss, &Device::flex(), &mut rng)
+    }
+
+    fn save_at(folder: &Path, step: u64, keep: usize) -> PathBuf {
+        save(folder, &state(), &Progress { step, ..Progress::default() }, keep).expect("a checkpoint")
+    }
+
+    fn steps(folder: &Path) -> Vec<u64> {
+        list(folder).expect("a folder").into_iter().map(|(step, _)| step).collect()
+    }
+
+    #[test]
+    fn damaged_checkpoints_never_take_the_place_of_whole_ones() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let folder = folder.path();
+        for step in [4, 8, 12] {
+            save_at(folder, step, 2);
+        }
+        assert_eq!(steps(folder), [8, 12]);
+        fs::write(folder.join(name(12)).join("state.safetensors"), "half").expect("written");
+        let loaded = load_newest(folder, &mut state(), &Device::flex()).expect("a whole one").expect("a checkpoint");
+        assert_eq!((loaded.progress.step, loaded.damaged.len()), (8, 1));
+        // Stopped before it came to step 12 again.
+        save_at(folder, 10, 1);
+        assert_eq!(steps(folder), [10]);
+    }
+
+    #[test]
+    fn unfinished_files_and_folders_are_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let folder = folder.path();
+        fs::create_dir(folder.join(".writing-step-000004")).expect("a folder");
+        fs::write(folder.join(".writing-step-000004").join("state.safetensors"), "half").expect("written");
+        fs::write(folder.join(".writing-a1"), "half").expect("written");
+        fs::write(folder.join("writing-a1"), "whole").expect("written");
+        save_at(folder, 3, 1);
+        remove_unfinished(folder).expect("removed");
+        remove_unfinished(&folder.join("nowhere")).expect("nothing to remove");
+        assert_eq!(fs::read_dir(folder).expect("a folder").count(), 2);
+    }
 }

@@ -35,7 +35,11 @@ impl FromStr for Duration {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let bad = || format!("`{text}` is not a duration: write a number and a unit, as in \"100 epochs\", \"5000 steps\" or \"2M images\"");
+        let bad = || {
+            format!(
+                "`{text}` is not a duration: write a number and a unit, as in \"100 epochs\", \"5000 steps\" or \"2M images\""
+            )
+        };
         let (number, unit) = text.trim().split_once(char::is_whitespace).ok_or_else(bad)?;
         let (digits, scale) = match number.char_indices().last() {
             Some((at, 'k' | 'K')) => (&number[..at], 1e3),
@@ -48,7 +52,11 @@ impl FromStr for Duration {
             return Err(format!("`{text}`: a duration lies between 0 and 10^15"));
         }
         let whole = || {
-            if value.fract() == 0.0 { Ok(value as u64) } else { Err(format!("`{text}`: only epochs may be a fraction")) }
+            if value.fract() == 0.0 {
+                Ok(value as u64)
+            } else {
+                Err(format!("`{text}`: only epochs may be a fraction"))
+            }
         };
         match unit.trim() {
             "epoch" | "epochs" => Ok(Self::Epochs(value)),
@@ -106,7 +114,8 @@ mod tests {
 
     #[test]
     fn what_is_no_duration_says_what_one_is() {
-        for text in ["", "100", "epochs", "ten epochs", "1.5 steps", "-1 epochs", "nan epochs", "3 days", "1e99 images"] {
+        for text in ["", "100", "epochs", "ten epochs", "1.5 steps", "-1 epochs", "nan epochs", "3 days", "1e99 images"]
+        {
             assert!(text.parse::<Duration>().is_err(), "{text}");
         }
     }

@@ -69,7 +69,9 @@ impl TrainError {
     pub fn is_usage(&self) -> bool {
         match self {
             Self::Recipe(_) | Self::OtherConfig { .. } => true,
-            Self::Data(error) => matches!(error, DataError::Config { .. } | DataError::BadSpec { .. } | DataError::UnknownKey { .. }),
+            Self::Data(error) => {
+                matches!(error, DataError::Config { .. } | DataError::BadSpec { .. } | DataError::UnknownKey { .. })
+            }
             _ => false,
         }
     }

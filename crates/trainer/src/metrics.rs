@@ -126,7 +126,9 @@ impl Line {
     /// Steps taken when the line was written.
     pub fn step(&self) -> u64 {
         match self {
-            Self::Step { step, .. } | Self::Health { step, .. } | Self::Eval { step, .. } | Self::End { step, .. } => *step,
+            Self::Step { step, .. } | Self::Health { step, .. } | Self::Eval { step, .. } | Self::End { step, .. } => {
+                *step
+            }
         }
     }
 }
@@ -140,11 +142,11 @@ pub struct MetricsFile {
 
 impl MetricsFile {
     /// Opens the file for a run that stands at `step`: what a session wrote after that step, before it was killed, is
-    /// removed, since it will be written again.
+    /// removed, since it will be written again; with `evaluates_again`, so is the evaluation at that step.
     ///
     /// # Errors
     /// Whatever the file system says.
-    pub fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
+    pub fn open(path: &Path, step: u64, evaluates_again: bool) -> Result<Self, TrainError> {
         let io = TrainError::io;
         let mut kept = Vec::new();
         if path.exists() {
@@ -153,7 +155,12 @@ impl MetricsFile {
                 let line = line.map_err(io(path))?;
                 // A line that was cut short by the kill is no line.
                 let known = serde_json::from_str::<Line>(&line);
-                if known.is_ok_and(|known| known.step() <= step && !(matches!(known, Line::End { .. }))) {
+                let is_kept = |known: &Line| match known {
+                    Line::End { .. } => false,
+                    Line::Eval { .. } if evaluates_again => known.step() < step,
+                    _ => known.step() <= step,
+                };
+                if known.as_ref().is_ok_and(is_kept) {
                     kept.extend_from_slice(line.as_bytes());
                     kept.push(b'\n');
                 }
@@ -191,15 +198,39 @@ mod tests {
             ln_prototypes: 3.0,
             bad_images: 0,
         };
-        let mut file = MetricsFile::open(&path, 0).expect("a file");
+        let mut file = MetricsFile::open(&path, 0, true).expect("a file");
         for step in [1, 2, 3] {
             file.write(&health(step)).expect("written");
         }
         file.write(&line(3)).expect("written");
         file.file.write_all(b"{\"kind\":\"hea").expect("written");
-        drop(MetricsFile::open(&path, 2).expect("a file"));
-        let text = std::fs::read_to_string(&path).expect("text");
-        let steps: Vec<u64> = text.lines().map(|l| serde_json::from_str::<Line>(l).expect("a line").step()).collect();
-        assert_eq!(steps, [1, 2]);
+        drop(MetricsFile::open(&path, 2, false).expect("a file"));
+        assert_eq!(steps(&path), [1, 2]);
+    }
+
+    #[test]
+    fn an_evaluation_that_is_made_again_is_written_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("metrics.jsonl");
+        let knn = KnnLine { top1: 1.5, top5: None, k: 5, chance: 8.0 };
+        let line = |step| {
+            let knn = knn.clone();
+            Line::Eval { step, images: step, seconds: 1.5, knn, effective_rank: 2.5, embed_dim: 3 }
+        };
+        let mut file = MetricsFile::open(&path, 0, true).expect("a file");
+        for step in [0, 4, 8] {
+            file.write(&line(step)).expect("written");
+        }
+        drop(MetricsFile::open(&path, 8, false).expect("a file"));
+        assert_eq!(steps(&path), [0, 4, 8]);
+        drop(MetricsFile::open(&path, 8, true).expect("a file"));
+        assert_eq!(steps(&path), [0, 4]);
+        drop(MetricsFile::open(&path, 0, true).expect("a file"));
+        assert!(steps(&path).is_empty());
+    }
+
+    fn steps(path: &Path) -> Vec<u64> {
+        let text = std::fs::read_to_string(path).expect("text");
+        text.lines().map(|l| serde_json::from_str::<Line>(l).expect("a line").step()).collect()
     }
 }

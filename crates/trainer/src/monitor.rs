@@ -66,7 +66,7 @@ fn spread(source: &dyn Source, indices: Vec<usize>, keep: usize) -> Vec<usize> {
 }
 
 impl Monitor {
-    /// The evaluation of a recipe that trains on `source`; `None` if there are no classes to tell apart.
+    /// The evaluation of a recipe that trains on `source`; `None` if there are no classes to tell apart, or too few images.
     ///
     /// # Errors
     /// Images that cannot be opened, or sets whose classes differ.
@@ -107,7 +107,8 @@ impl Monitor {
         if config.max_train > 0 && train_indices.len() > config.max_train {
             train_indices = spread(&*train, train_indices, config.max_train);
         }
-        if val_indices.is_empty() || train_indices.len() < config.k {
+        // The effective rank takes two images.
+        if val_indices.len() < 2 || train_indices.len() < config.k {
             return Ok(None);
         }
         let AugmentationConfig { mean, std, .. } = recipe.augmentation;
@@ -126,10 +127,16 @@ impl Monitor {
     ///
     /// # Errors
     /// Features that are not finite, or no readable image.
-    pub fn run(&self, backbone: &Vit, device: &Device, progress: &mut dyn FnMut(usize)) -> Result<Finding, EvaluationError> {
+    pub fn run(
+        &self,
+        backbone: &Vit,
+        device: &Device,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Finding, EvaluationError> {
         let train = extract(backbone, &*self.train, &self.train_indices, &self.extraction, device, progress)?;
         let done = self.train_indices.len();
-        let val = extract(backbone, &*self.val, &self.val_indices, &self.extraction, device, &mut |n| progress(done + n))?;
+        let val =
+            extract(backbone, &*self.val, &self.val_indices, &self.extraction, device, &mut |n| progress(done + n))?;
         let source = FeatureSource {
             backbone: "teacher".into(),
             train_data: self.names.0.clone(),

@@ -93,12 +93,14 @@ pub fn group(name: &str, depth: usize, config: &OptimConfig) -> Group {
         1
     } else if at_input.iter().any(|part| name.contains(part)) {
         0
-    } else if let Some(block) = name.strip_prefix("blocks.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok()) {
+    } else if let Some(block) =
+        name.strip_prefix("blocks.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok())
+    {
         block + 1
     } else {
         depth + 1
     };
-    let mut lr_multiplier = config.layerwise_decay.powi((depth + 1 - layer) as i32);
+    let mut lr_multiplier = config.layerwise_decay.powf((depth + 1 - layer) as f64);
     if name.contains("patch_embed") {
         lr_multiplier *= config.patch_embed_lr_mult;
     }

@@ -181,7 +181,10 @@ impl Recipe {
         self.check_losses()?;
         let steps = self.train.length.steps(batch, samples);
         if steps == 0 {
-            return Err(invalid(format!("`train.length` \"{}\" is not a single step of {batch} images", self.train.length)));
+            return Err(invalid(format!(
+                "`train.length` \"{}\" is not a single step of {batch} images",
+                self.train.length
+            )));
         }
         let schedule = Schedule::new(&self.schedule, steps, batch, samples).map_err(invalid)?;
         let every = |duration: Duration| duration.steps(batch, samples).max(1);
@@ -199,7 +202,10 @@ impl Recipe {
     fn check_sizes(&self, backbone: &VitConfig) -> Result<(), TrainError> {
         let invalid = |message: String| Err(TrainError::Recipe(message));
         if self.model.in_channels != 3 {
-            return invalid(format!("`model.in_channels` is {}: images are read as RGB, which is 3", self.model.in_channels));
+            return invalid(format!(
+                "`model.in_channels` is {}: images are read as RGB, which is 3",
+                self.model.in_channels
+            ));
         }
         let positive = [
             ("train.batch_size", self.train.batch_size),
@@ -259,8 +265,14 @@ impl Recipe {
             return invalid("`loss.dino_weight` and `loss.ibot_weight` are both 0: nothing would be learned".into());
         }
         let temps = &self.schedule.teacher_temp;
-        let temps = [("schedule.teacher_temp.start", temps.start), ("schedule.teacher_temp.peak", temps.peak), ("schedule.teacher_temp.end", temps.end)];
-        let temps = temps.into_iter().chain([("loss.student_temp", loss.student_temp), ("eval.temperature", self.eval.temperature)]);
+        let temps = [
+            ("schedule.teacher_temp.start", temps.start),
+            ("schedule.teacher_temp.peak", temps.peak),
+            ("schedule.teacher_temp.end", temps.end),
+        ];
+        let temps = temps
+            .into_iter()
+            .chain([("loss.student_temp", loss.student_temp), ("eval.temperature", self.eval.temperature)]);
         if let Some((key, value)) = temps.into_iter().find(|(_, value)| !(value.is_finite() && *value > 0.0)) {
             return invalid(format!("`{key}` is {value}, must be above 0"));
         }

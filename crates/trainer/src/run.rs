@@ -17,8 +17,8 @@ use burn::tensor::Device;
 use dinoxide_augmentation::{Crops, MultiCrop, batch_masks};
 use dinoxide_config::{Resolved, difference};
 use dinoxide_data::{DataError, Drawn, Loader, Rejected, SampleReader, Source};
-use dinoxide_model::weights::{Description, Provenance, backbone_file, write_atomically};
 use dinoxide_model::StochasticDraws;
+use dinoxide_model::weights::{Description, Provenance, backbone_file, write_atomically};
 use dinoxide_random::{Purpose, epoch_view, stream};
 
 use crate::batch::Batch;
@@ -154,6 +154,8 @@ fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<(), 
             return Err(TrainError::OtherConfig { path: directory.to_owned(), differences: differences.join("\n") });
         }
     }
+    checkpoint::remove_unfinished(directory)?;
+    checkpoint::remove_unfinished(&directory.join("checkpoints"))?;
     write_atomically(&path, recipe.to_annotated_toml().as_bytes()).map_err(TrainError::io(&path))
 }
 
@@ -169,6 +171,8 @@ struct Run<'a> {
     metrics: MetricsFile,
     clock: Clock,
     last: Option<Finding>,
+    /// The step of the checkpoint that was loaded or written last.
+    saved: Option<u64>,
 }
 
 /// Time and memory.
@@ -208,14 +212,16 @@ impl<'a> Run<'a> {
             TrainState::new(&plan.backbone, dino_head, patch_head, &config.optim, &config.loss, device, &mut rng);
         let mut progress = Progress::default();
         let loaded = checkpoint::load_newest(&directory.join("checkpoints"), &mut state, device)?;
-        let resumed = loaded.is_some();
+        let mut damaged = Vec::new();
+        let mut saved = None;
         if let Some(loaded) = loaded {
-            for (path, reason) in &loaded.damaged {
-                watch(Event::DamagedCheckpoint { path, reason });
-            }
             progress = loaded.progress;
+            damaged = loaded.damaged;
+            saved = Some(progress.step);
         }
-        let metrics = MetricsFile::open(&directory.join("metrics.jsonl"), progress.step)?;
+        // The evaluations before the first step and after the last belong to no checkpoint: they are made again.
+        let evaluates_again = progress.step == 0 || progress.step == plan.steps;
+        let metrics = MetricsFile::open(&directory.join("metrics.jsonl"), progress.step, evaluates_again)?;
         let shapes = dinoxide_model::parameters::shapes(&state.teacher);
         let count = |of: fn(&str) -> bool| -> usize {
             shapes.iter().filter(|(name, _)| of(name)).map(|(_, shape)| shape.iter().product::<usize>()).sum()
@@ -225,9 +231,12 @@ impl<'a> Run<'a> {
             backbone_parameters: count(|name| name.starts_with("backbone.")),
             head_parameters: count(|name| !name.starts_with("backbone.")),
             classes: source.classes().len(),
-            resumed: resumed.then_some(progress.step),
+            resumed: saved,
             monitored: monitor.is_some(),
         });
+        for (path, reason) in &damaged {
+            watch(Event::DamagedCheckpoint { path, reason });
+        }
         let now = Instant::now();
         let clock = Clock {
             before: progress.seconds,
@@ -235,9 +244,22 @@ impl<'a> Run<'a> {
             window_start: now,
             window_images: 0,
             window_waited: 0.0,
-            peak_memory: 0,
+            peak_memory: resident_bytes(),
         };
-        Ok(Self { config, plan, source, monitor, directory, device, state, progress, metrics, clock, last: None })
+        Ok(Self {
+            config,
+            plan,
+            source,
+            monitor,
+            directory,
+            device,
+            state,
+            progress,
+            metrics,
+            clock,
+            last: None,
+            saved,
+        })
     }
 
     fn go(&mut self, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, TrainError> {
@@ -346,7 +368,8 @@ impl<'a> Run<'a> {
         let work = move |position| {
             let drawn = reader.draw(position)?;
             let (index, epoch) = (drawn.index as u64, drawn.epoch);
-            let crops = crops.crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
+            let crops =
+                crops.crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
             Ok(Sample { id: reader.source().id(drawn.index), drawn, crops })
         };
         let window = batch * self.config.efficiency.prefetch;
@@ -411,6 +434,7 @@ impl<'a> Run<'a> {
         self.progress.seconds = self.clock.seconds();
         let folder = self.directory.join("checkpoints");
         let path = checkpoint::save(&folder, &self.state, &self.progress, self.config.run.keep_checkpoints)?;
+        self.saved = Some(self.state.step);
         self.export()?;
         watch(Event::Checkpoint(&path));
         Ok(())
@@ -440,8 +464,7 @@ impl<'a> Run<'a> {
     fn finish(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, TrainError> {
         let interrupted = self.state.step < self.plan.steps;
         let trained = self.clock.seconds();
-        let known = checkpoint::list(&self.directory.join("checkpoints"))?;
-        if known.last().is_none_or(|(step, _)| *step != self.state.step) {
+        if self.saved != Some(self.state.step) {
             self.save(watch)?;
         }
         if !interrupted {

@@ -272,7 +272,14 @@ impl Schedule {
 mod tests {
     use super::*;
 
-    fn curve(form: Form, [start, peak, end]: [f64; 3], warmup: u64, cosine: Option<u64>, extra: f64, total: u64) -> Curve {
+    fn curve(
+        form: Form,
+        [start, peak, end]: [f64; 3],
+        warmup: u64,
+        cosine: Option<u64>,
+        extra: f64,
+        total: u64,
+    ) -> Curve {
         Curve { form, start, peak, end, warmup, cosine, trunc_extra: extra, total }
     }
 

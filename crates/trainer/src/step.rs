@@ -211,7 +211,8 @@ pub fn train_step(
     let (targets, target_entropy) = center(state, &logits, config, &at);
 
     // KoLeo's gradient needs the CLS tokens of the whole batch; with several micro-batches they take a forward of their own.
-    let spread = (parts.len() > 1 && config.koleo_weight > 0.0).then(|| koleo_of_parts(&state.student, &parts, draws, config));
+    let spread =
+        (parts.len() > 1 && config.koleo_weight > 0.0).then(|| koleo_of_parts(&state.student, &parts, draws, config));
 
     let mut losses = LossValues::default();
     let mut gradients = Gradients::new();
@@ -263,11 +264,12 @@ fn teacher_logits(teacher: &Network, part: &Batch, config: &LossConfig) -> Teach
     }
     let masks = DeviceMasks::new(&part.masks, &cls.device());
     let head = teacher.patch_head();
-    let all_patches_mean = (config.patch_center == CenterOver::All && config.centering == Centering::Softmax).then(|| {
-        // Logits are linear in the bottleneck: the mean of the logits is the logits of the mean.
-        let bottleneck = head.bottleneck(rows(features.patches.clone()));
-        bottleneck.mean_dim(0).matmul(head.patch_prototypes().vectors().transpose())
-    });
+    let all_patches_mean =
+        (config.patch_center == CenterOver::All && config.centering == Centering::Softmax).then(|| {
+            // Logits are linear in the bottleneck: the mean of the logits is the logits of the mean.
+            let bottleneck = head.bottleneck(rows(features.patches.clone()));
+            bottleneck.mean_dim(0).matmul(head.patch_prototypes().vectors().transpose())
+        });
     let patches = head.forward_patches(gather(features.patches, masks.indices));
     TeacherLogits { cls, patches: Some(patches), all_patches_mean }
 }
@@ -344,15 +346,21 @@ fn student_losses(
     let device = part.global.device();
     let masks = (config.ibot_weight > 0.0).then(|| DeviceMasks::new(&part.masks, &device));
     let global = student_global(student, part, masks.as_ref(), &draws[0]);
-    let local = part.local.clone().map(|crops| student.features(tracked(crops), None, CropGroup::Local, Some(&draws[1])));
+    let local =
+        part.local.clone().map(|crops| student.features(tracked(crops), None, CropGroup::Local, Some(&draws[1])));
 
     let head = &student.dino_head;
     let mut terms = Terms { pairs: pairs(part, config), ..Terms::default() };
     if config.dino_weight > 0.0 {
         let vectors = head.last_layer.vectors();
         let bottleneck = head.bottleneck(global.cls.clone());
-        terms.dino_global =
-            Some(dino::global(bottleneck, vectors.clone(), targets.cls.clone(), config.student_temp, config.ignore_diagonal));
+        terms.dino_global = Some(dino::global(
+            bottleneck,
+            vectors.clone(),
+            targets.cls.clone(),
+            config.student_temp,
+            config.ignore_diagonal,
+        ));
         if let Some(local) = local {
             let bottleneck = head.bottleneck(local.cls);
             terms.dino_local = Some(dino::local(bottleneck, vectors, targets.cls.clone(), config.student_temp));
@@ -362,8 +370,14 @@ fn student_losses(
         let head = student.patch_head();
         let bottleneck = head.bottleneck(gather(global.patches, Tensor::from_inner(masks.indices)));
         let crops = 2 * whole_batch;
-        let loss =
-            ibot::masked_patches(bottleneck, head.patch_prototypes().vectors(), targets.clone(), masks.weights, crops, config.student_temp);
+        let loss = ibot::masked_patches(
+            bottleneck,
+            head.patch_prototypes().vectors(),
+            targets.clone(),
+            masks.weights,
+            crops,
+            config.student_temp,
+        );
         terms.ibot = Some(loss);
     }
     if config.koleo_weight > 0.0 {

@@ -143,9 +143,9 @@ impl Scene {
 impl Room {
     fn new(rng: &mut impl Rng, half_height: f32) -> Self {
         let pair = |rng: &mut _| {
-            let (hue, value) = (uniform(rng, 0.0, 1.0), uniform(rng, 0.15, 0.95));
-            let (other_hue, other_value) = (hue + uniform(rng, -0.12, 0.12), value + uniform(rng, -0.2, 0.2));
-            [hsv(hue, uniform(rng, 0.1, 0.6), value), hsv(other_hue, uniform(rng, 0.1, 0.6), other_value)]
+            let (hue, value) = (uniform(rng, 0.0, 1.0), uniform(rng, 0.35, 0.65));
+            let (other_hue, other_value) = (hue + uniform(rng, -0.12, 0.12), value + uniform(rng, -0.15, 0.15));
+            [hsv(hue, uniform(rng, 0.02, 0.15), value), hsv(other_hue, uniform(rng, 0.02, 0.15), other_value)]
         };
         Self {
             joint: uniform(rng, -0.3, 0.5) * half_height,
@@ -178,7 +178,7 @@ impl Blob {
         Self {
             center: half.map(|half| uniform(rng, -half, half)),
             inverse: [axis(rng), axis(rng)],
-            color: hsv(uniform(rng, 0.0, 1.0), uniform(rng, 0.2, 0.8), uniform(rng, 0.2, 0.95)),
+            color: hsv(uniform(rng, 0.0, 1.0), uniform(rng, 0.05, 0.25), uniform(rng, 0.35, 0.65)),
         }
     }
 
@@ -193,10 +193,10 @@ impl Blob {
 
 impl Object {
     /// Its true radius in metres: seen at a distance `d`, it is `SIZE / d` units large.
-    const SIZE: f32 = 0.62;
+    const SIZE: f32 = 0.75;
 
     fn new(rng: &mut impl Rng, shape: Shape, pattern: Pattern, half: [f32; 2]) -> Self {
-        let radius = uniform(rng, 0.33, 0.47);
+        let radius = uniform(rng, 0.42, 0.55);
         // A little of it may be cut off by the border.
         let center = half.map(|half| {
             let reach = (half - 0.8 * radius).max(0.0);
@@ -219,9 +219,9 @@ impl Object {
 
     /// Two colours of any hue that differ clearly in brightness, in either order.
     fn tones(rng: &mut impl Rng) -> [Color; 2] {
-        let low = uniform(rng, 0.1, 0.55);
-        let dark = hsv(uniform(rng, 0.0, 1.0), uniform(rng, 0.3, 0.9), low);
-        let bright = hsv(uniform(rng, 0.0, 1.0), uniform(rng, 0.1, 0.6), low + uniform(rng, 0.3, 0.45));
+        let low = uniform(rng, 0.1, 0.3);
+        let dark = hsv(uniform(rng, 0.0, 1.0), uniform(rng, 0.1, 0.3), low);
+        let bright = hsv(uniform(rng, 0.0, 1.0), uniform(rng, 0.05, 0.2), low + uniform(rng, 0.5, 0.6));
         if rng.random() { [dark, bright] } else { [bright, dark] }
     }
 

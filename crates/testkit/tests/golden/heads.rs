@@ -67,7 +67,7 @@ impl Head {
 }
 
 /// The reference's MLP of one layer is that layer, ours is a list of one.
-fn parameter(name: &str) -> String {
+pub(crate) fn parameter(name: &str) -> String {
     match name.strip_prefix("mlp.") {
         Some(rest @ ("weight" | "bias")) => format!("mlp.0.{rest}"),
         _ => name.to_owned(),

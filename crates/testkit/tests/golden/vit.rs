@@ -49,7 +49,8 @@ fn common(hyper: &Value) -> ModelConfig {
     }
 }
 
-fn v2_config(hyper: &Value) -> VitConfig {
+/// The backbone that DINOv2's options describe.
+pub(crate) fn v2_config(hyper: &Value) -> VitConfig {
     let config = ModelConfig {
         ffn_ratio: hyper["mlp_ratio"].as_f64(),
         ffn: match hyper["ffn_layer"].as_str() {
@@ -68,7 +69,8 @@ fn v2_config(hyper: &Value) -> VitConfig {
     config.resolve(size(hyper, "img_size", None)).expect("a configuration")
 }
 
-fn v3_config(hyper: &Value) -> VitConfig {
+/// The backbone that DINOv3's options describe.
+pub(crate) fn v3_config(hyper: &Value) -> VitConfig {
     let (norm, norm_eps) = match hyper["norm_layer"].as_str() {
         Some("layernorm") | None => (NormKind::LayerNorm, 1e-6),
         Some("layernormbf16") => (NormKind::LayerNorm, 1e-5),
@@ -114,7 +116,7 @@ pub(crate) fn rope_normalize(value: &Value) -> RopeNormalize {
 }
 
 /// A parameter's name in the backbone for its name in a reference; `None` for buffers.
-fn parameter(name: &str) -> Option<String> {
+pub(crate) fn parameter(name: &str) -> Option<String> {
     if name.ends_with("bias_mask") || name.starts_with("rope_embed.") {
         return None;
     }
@@ -138,7 +140,7 @@ fn run(check: &mut Check, config: &VitConfig) {
     let fixture = check.fixture;
     let weights = named(fixture, "w.", parameter);
     let vit = backbone(config, &weights, &Device::flex());
-    buffers(check, &vit);
+    buffers(check, "w.", &vit);
     forwards(check, config, &weights);
     layers(check, &vit);
     gradient(check, &backbone(config, &weights, &Device::flex().autodiff()));
@@ -150,11 +152,11 @@ fn run(check: &mut Check, config: &VitConfig) {
 }
 
 /// Buffers are not loaded but computed: they must be the ones in the reference's weights.
-fn buffers(check: &mut Check, vit: &Vit) {
+pub(crate) fn buffers(check: &mut Check, prefix: &str, vit: &Vit) {
     let fixture = check.fixture;
-    for name in fixture.names("w.").filter(|name| parameter(&name[2..]).is_none()) {
+    for name in fixture.names(prefix).filter(|name| parameter(&name[prefix.len()..]).is_none()) {
         let expected = fixture.floats(name);
-        if name == "w.rope_embed.periods" {
+        if name.ends_with("rope_embed.periods") {
             let found = Array { shape: expected.shape.clone(), values: vit.rope().expect("a RoPE").periods() };
             check.values(name, &expected, &found, Tolerance::stated(fixture, "rope"));
         } else {

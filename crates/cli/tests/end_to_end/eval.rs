@@ -1,0 +1,162 @@
+//! `dinoxide eval` and `dinoxide inspect`.
+
+use serde_json::Value;
+
+use crate::support::{Finished, Workplace};
+
+/// Three classes in `train` and `val`, and a trained `run`.
+fn place() -> Workplace {
+    let place = Workplace::new();
+    place.write_classes("train", &["cat", "dog", "owl"], 8);
+    place.write_classes("val", &["cat", "dog", "owl"], 3);
+    place.train("run", &[]).succeeded();
+    place
+}
+
+fn eval(place: &Workplace, task: &str, args: &[&str]) -> Finished {
+    let common = ["eval", task, "--weights", "run/teacher.safetensors", "--train", "train", "--val", "val"];
+    place.run(&[&common, args].concat())
+}
+
+fn one_object(text: &str) -> Value {
+    let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    assert!(value.is_object(), "{text}");
+    value
+}
+
+#[test]
+fn knn_prints_a_row_for_each_k() {
+    let place = place();
+    let found = eval(&place, "knn", &["--k", "1,5,24"]).succeeded().stdout;
+    let lines: Vec<&str> = found.lines().collect();
+    assert!(lines[0].starts_with("k-NN of 9 val images among 24 train images, chance 33.33 %"), "{found}");
+    assert_eq!(lines[1].split_whitespace().collect::<Vec<_>>(), ["k", "top-1", "top-5"]);
+    let ks: Vec<_> = lines[2..].iter().map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(ks, [Some("1"), Some("5"), Some("24")]);
+    assert!(lines[2].trim_end().ends_with('-'), "three classes have no top-5: {found}");
+}
+
+#[test]
+fn knn_as_json_is_one_object_with_its_protocol() {
+    let place = place();
+    let found = eval(&place, "knn", &["--k", "3,5", "--json", "--output", "knn.json"]).succeeded();
+    let result = one_object(&found.stdout);
+    assert_eq!(result["task"], "knn");
+    assert_eq!(result["provenance"]["steps"], 10);
+    assert!(result["protocol"].is_object(), "{result}");
+    let scores = result["scores"]["by_k"].as_array().expect("scores");
+    assert_eq!(scores.len(), 2);
+    for score in scores {
+        assert!((0.0..=100.0).contains(&score["top1"].as_f64().expect("a score")), "{result}");
+    }
+    assert_eq!(one_object(&String::from_utf8(place.read("knn.json")).expect("UTF-8")), result);
+    let again = eval(&place, "knn", &["--k", "3,5", "--json"]).succeeded();
+    assert_eq!(again.stdout, found.stdout, "an evaluation repeats");
+}
+
+#[test]
+fn linear_prints_the_best_of_each_feature_set() {
+    let place = place();
+    let args = ["--iterations", "12", "--samples", "8"];
+    let found = eval(&place, "linear", &args).succeeded().stdout;
+    assert!(found.starts_with("linear probe: ") && found.contains(" top-1 on 9 val images"), "{found}");
+    for name in ["features", "cls of 1 block ", "cls of 1 block + patch mean"] {
+        assert!(found.lines().any(|line| line.starts_with(name)), "`{name}` is not in\n{found}");
+    }
+    let found = eval(&place, "linear", &[&args[..], &["--json"]].concat()).succeeded().stdout;
+    let result = one_object(&found);
+    assert_eq!((&result["task"], &result["protocol"]["method"]["iterations"]), (&"linear".into(), &12.into()));
+    assert!(result["scores"]["top1"].is_number(), "{result}");
+}
+
+#[test]
+fn sets_whose_classes_differ_are_refused() {
+    let place = place();
+    place.write_classes("more", &["cat", "dog", "yak"], 2);
+    place.write_classes("fewer", &["cat", "dog"], 2);
+    let with = |train: &str, val: &str| {
+        let args = ["eval", "knn", "--weights", "run/teacher.safetensors", "--train", train, "--val", val, "--k", "2"];
+        place.run(&args)
+    };
+    with("train", "more").failed(1, &["more: 1 of its classes are not in train: yak"]);
+    with("train", "fewer").failed(1, &["fewer has 2 classes and train has 3", "hint: "]);
+    with("train/cat", "val")
+        .failed(1, &["train/cat: the images have no classes", "hint: put each class into a folder"]);
+    with("train", "val/dog").failed(1, &["val/dog: the images have no classes"]);
+    with("train", "nowhere").failed(1, &["data: `nowhere`: no such folder"]);
+}
+
+#[test]
+fn settings_out_of_range_are_refused() {
+    let place = place();
+    eval(&place, "knn", &["--k", "200"]).failed(1, &["k = 200, but train has only 24 samples", "hint: lower `k`"]);
+    eval(&place, "knn", &["--k", "0"]).failed(1, &["`k`", "0"]);
+    eval(&place, "knn", &["--k", "2", "--crop", "18"]).failed(1, &["18", "4"]);
+    eval(&place, "knn", &["--k", "2", "--batch-size", "0"]).failed(2, &["`--batch-size` is 0, must be at least 1"]);
+    eval(&place, "linear", &["--iterations", "0"]).failed(1, &["`iterations`", "0"]);
+    eval(&place, "knn", &["--device", "gpu"]).failed(2, &["unknown device `gpu`"]);
+}
+
+#[test]
+fn unreadable_images_are_left_out_with_a_warning() {
+    let place = place();
+    place.write("val/cat/broken.png", "no image");
+    let found = eval(&place, "knn", &["--k", "2"]).succeeded();
+    assert!(
+        found.stderr.contains("warning: cat/broken.png: ") && found.stderr.contains("; left out"),
+        "{}",
+        found.stderr
+    );
+    assert!(found.stdout.starts_with("k-NN of 9 val images"), "{}", found.stdout);
+}
+
+#[test]
+fn files_that_are_no_backbone_are_named() {
+    let place = place();
+    let whole = place.read("run/teacher.safetensors");
+    place.write("text.safetensors", "no weights at all");
+    place.write("empty.safetensors", "");
+    place.write("half.safetensors", &whole[..whole.len() / 2]);
+    place.write("header.safetensors", &whole[..40]);
+    let state = "run/checkpoints/step-000010/state.safetensors";
+    let cases = [
+        ("text.safetensors", "not a readable safetensors file"),
+        ("empty.safetensors", "not a readable safetensors file"),
+        ("half.safetensors", "not a readable safetensors file"),
+        ("header.safetensors", "not a readable safetensors file"),
+        ("missing.safetensors", ""),
+        ("train", ""),
+        (state, "no `dinoxide` entry in its metadata"),
+    ];
+    for (file, reason) in cases {
+        let parts = [&format!("error: {file}: "), reason];
+        place.run(&["inspect", file]).failed(1, &parts);
+        let args = ["eval", "knn", "--weights", file, "--train", "train", "--val", "val", "--json"];
+        place.run(&args).failed(1, &parts);
+    }
+}
+
+#[test]
+fn inspect_shows_architecture_origin_and_tensors() {
+    let place = place();
+    let shown = place.run(&["inspect", "run/teacher.safetensors"]).succeeded().stdout;
+    for part in [
+        "ViT 32 wide, 1 deep, 2 heads, patch 4",
+        "10 steps, 40 images of synthetic",
+        "16 px",
+        "blocks.0.attn.qkv.weight",
+    ] {
+        assert!(shown.contains(part), "`{part}` is not in\n{shown}");
+    }
+    let result = one_object(&place.run(&["inspect", "run/teacher.safetensors", "--json"]).succeeded().stdout);
+    assert_eq!((&result["architecture"]["embed_dim"], &result["image_size"]), (&32.into(), &16.into()));
+    let tensors = result["tensors"].as_array().expect("tensors");
+    let values: u64 = tensors
+        .iter()
+        .map(|tensor| {
+            tensor["shape"].as_array().expect("a shape").iter().map(|n| n.as_u64().expect("a size")).product::<u64>()
+        })
+        .sum();
+    assert_eq!(result["values"].as_u64(), Some(values));
+    assert!(tensors.iter().all(|tensor| tensor["norm"].is_number()));
+}

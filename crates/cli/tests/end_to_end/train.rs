@@ -1,0 +1,131 @@
+//! `dinoxide train` from beginning to end.
+
+use serde_json::Value;
+
+use crate::support::{Workplace, names};
+
+#[track_caller]
+fn assert_numbers(line: &Value, keys: &[&str]) {
+    for key in keys {
+        let value = key.split('.').fold(line, |value, key| &value[key]);
+        assert!(value.as_f64().is_some_and(f64::is_finite), "`{key}` in {line}");
+    }
+}
+
+fn of_kind<'a>(metrics: &'a [Value], kind: &str) -> Vec<&'a Value> {
+    metrics.iter().filter(|line| line["kind"] == kind).collect()
+}
+
+#[test]
+fn a_run_leaves_a_complete_directory() {
+    let place = Workplace::new();
+    let run = place.train("run", &[]).succeeded();
+    let found = names(&place.path("run"));
+    assert_eq!(found, ["checkpoints", "config.toml", "log.txt", "metrics.jsonl", "teacher.safetensors"]);
+    assert_eq!(place.checkpoints("run"), ["step-000006", "step-000009", "step-000010"]);
+    for checkpoint in place.checkpoints("run") {
+        let files = names(&place.path("run/checkpoints").join(checkpoint));
+        assert_eq!(files, ["manifest.json", "state.safetensors"]);
+    }
+    let log = String::from_utf8(place.read("run/log.txt")).expect("UTF-8");
+    for part in ["step 10/10", "checkpoint run/checkpoints/step-000009", "finished   10 steps", &run.stdout] {
+        assert!(log.contains(part), "`{part}` is not in\n{log}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn who_may_read_a_log_may_read_the_weights() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Workplace::new();
+    place.train("run", &[]).succeeded();
+    let mode = |name: &str| place.path("run").join(name).metadata().expect("a file").permissions().mode();
+    for name in ["config.toml", "metrics.jsonl", "teacher.safetensors", "checkpoints/step-000010/state.safetensors"] {
+        assert_eq!(mode(name), mode("log.txt"), "{name}");
+    }
+}
+
+#[test]
+fn stdout_has_the_change_of_knn_accuracy_and_nothing_else() {
+    let place = Workplace::new();
+    let run = place.train("run", &[]).succeeded();
+    assert_eq!(run.stdout.lines().count(), 1, "{}", run.stdout);
+    assert!(run.stdout.starts_with("k-NN accuracy: ") && run.stdout.contains("(chance 8.33 %)"), "{}", run.stdout);
+    assert!(run.stderr.contains("after 0 steps") && run.stderr.contains("after 10 steps"), "{}", run.stderr);
+}
+
+#[test]
+fn metrics_keep_their_schema() {
+    let place = Workplace::new();
+    place.train("run", &["--set", "eval.every='4 steps'"]).succeeded();
+    let metrics = place.metrics("run");
+    let [steps, health, evals, ends] = ["step", "health", "eval", "end"].map(|kind| of_kind(&metrics, kind));
+    assert_eq!((steps.len(), health.len(), evals.len(), ends.len()), (10, 10, 4, 1));
+    assert_eq!(metrics.len(), 25);
+    for (i, line) in steps.iter().enumerate() {
+        assert_eq!((line["step"].as_u64(), line["images"].as_u64()), (Some(i as u64 + 1), Some(4 * (i as u64 + 1))));
+        assert_numbers(line, &["epoch", "seconds", "images_per_second", "data_wait", "memory_bytes"]);
+        assert_numbers(
+            line,
+            &["losses.dino_global", "losses.dino_local", "losses.ibot", "losses.koleo", "losses.total"],
+        );
+        assert!(
+            line["losses"].as_object().is_some_and(|losses| losses.contains_key("gram") && losses["gram"].is_null())
+        );
+        assert_numbers(line, &["gradient_norms.backbone", "gradient_norms.dino_head", "gradient_norms.ibot_head"]);
+        assert_numbers(
+            line,
+            &["schedule.lr", "schedule.weight_decay", "schedule.teacher_momentum", "schedule.teacher_temp"],
+        );
+    }
+    for line in health {
+        assert_numbers(
+            line,
+            &["step", "images", "target_entropy.conditional", "target_entropy.marginal", "ln_prototypes"],
+        );
+        assert_eq!(line["bad_images"], 0);
+    }
+    let at: Vec<_> = evals.iter().map(|line| line["step"].as_u64()).collect();
+    assert_eq!(at, [Some(0), Some(4), Some(8), Some(10)]);
+    for line in evals {
+        assert_numbers(line, &["images", "seconds", "knn.top1", "knn.top5", "knn.k", "knn.chance"]);
+        assert_numbers(line, &["effective_rank", "embed_dim"]);
+    }
+    assert_numbers(ends[0], &["step", "images", "seconds", "images_per_second", "peak_memory_bytes"]);
+    assert!(ends[0]["peak_memory_bytes"].as_u64() > Some(0));
+}
+
+#[test]
+fn the_saved_config_is_the_recipe_that_was_run() {
+    let place = Workplace::new();
+    place.train("run", &["--seed", "7", "--lr", "0.002", "--set", "loss.koleo_weight=0.5"]).succeeded();
+    let shown = place.run(&["recipes", "run/config.toml"]).succeeded().stdout;
+    for part in ["seed = 7", "peak = 0.002", "koleo_weight = 0.5", "embed_dim = 32"] {
+        assert!(shown.contains(part), "`{part}` is not in\n{shown}");
+    }
+    // The values alone: what made them is another file now.
+    let values = |text: &str| -> Vec<String> {
+        text.lines().map(|line| line.split("  # ").next().unwrap_or_default().to_owned()).collect()
+    };
+    let saved = String::from_utf8(place.read("run/config.toml")).expect("UTF-8");
+    assert_eq!(values(&shown), values(saved.trim_end()));
+    place.run(&["train", "--config", "run/config.toml", "--run", "again"]).succeeded();
+    assert!(place.read("again/teacher.safetensors") == place.read("run/teacher.safetensors"));
+}
+
+#[test]
+fn another_seed_gives_another_backbone() {
+    let place = Workplace::new();
+    place.train("a", &[]).succeeded();
+    place.train("b", &["--seed", "1"]).succeeded();
+    assert!(place.read("a/teacher.safetensors") != place.read("b/teacher.safetensors"));
+}
+
+#[test]
+fn runs_without_a_name_are_numbered() {
+    let place = Workplace::new();
+    for expected in [vec!["tiny"], vec!["tiny", "tiny-2"]] {
+        place.run(&["train", "--config", "tiny.toml", "--length", "2 steps"]).succeeded();
+        assert_eq!(names(&place.path("runs")), expected);
+    }
+}

@@ -1,0 +1,188 @@
+//! One step from outside: what a batch that is not finite costs, and what micro-batches change.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use dinoxide_augmentation::{MaskConfig, batch_masks};
+use dinoxide_model::config::Position;
+use dinoxide_model::weights::host;
+use dinoxide_model::{HeadConfig, ModelConfig, StochasticDraws, VitConfig, parameters};
+use dinoxide_random::{Purpose, stream};
+use dinoxide_trainer::batch::Batch;
+use dinoxide_trainer::optimizer::OptimConfig;
+use dinoxide_trainer::schedule::Scheduled;
+use dinoxide_trainer::step::{Centering, LossConfig, StepDraws, StepError, TrainState, train_step};
+use rand::RngExt;
+
+const BATCH: usize = 5;
+const LOCALS: usize = 3;
+/// Sides of global and local crops, in pixels.
+const SIZES: (usize, usize) = (16, 8);
+
+fn backbone() -> VitConfig {
+    let config = ModelConfig {
+        embed_dim: Some(24),
+        depth: Some(2),
+        num_heads: Some(3),
+        patch_size: 4,
+        drop_path_rate: 0.0,
+        position: Position::Learned,
+        // With less, all CLS tokens are nearly the same, and KoLeo makes much of how they are rounded.
+        layer_scale_init: 1.0,
+        ..ModelConfig::default()
+    };
+    config.resolve(SIZES.0).expect("sizes fit")
+}
+
+/// Softmax centering, so that the centers are part of what a step changes.
+fn losses() -> LossConfig {
+    LossConfig { centering: Centering::Softmax, ..LossConfig::default() }
+}
+
+fn state() -> TrainState {
+    let head = |prototypes| HeadConfig { prototypes, bottleneck_dim: 6, hidden_dim: 10, ..HeadConfig::default() };
+    let mut rng = stream(1, Purpose::Init, 0, 0);
+    let (dino, ibot) = (head(11), head(7));
+    // A first step of Adam is the sign of the gradient where that is far above `eps`, and of rounding noise where it is 0.
+    let optim = OptimConfig { eps: 1e-3, ..OptimConfig::default() };
+    TrainState::new(&backbone(), &dino, Some(&ibot), &optim, &losses(), &Device::flex(), &mut rng)
+}
+
+fn noise(shape: [usize; 5], key: u64) -> Tensor<5> {
+    let mut rng = stream(2, Purpose::Synthetic, key, 0);
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-2.0..2.0)).collect();
+    Tensor::from_data(TensorData::new(values, shape), &Device::flex())
+}
+
+fn batch(key: u64) -> Batch {
+    let (global, local) = SIZES;
+    let mut rng = stream(3, Purpose::Mask, key, 0);
+    let mask = MaskConfig { probability: 0.6, ..MaskConfig::default() };
+    Batch {
+        ids: (0..BATCH).map(|i| format!("photo-{i}.jpg")).collect(),
+        global: noise([2, BATCH, 3, global, global], 2 * key),
+        local: Some(noise([LOCALS, BATCH, 3, local, local], 2 * key + 1)),
+        masks: batch_masks(2 * BATCH, (global / 4, global / 4), &mask, &mut rng),
+    }
+}
+
+/// Draws of so many micro-batches; without stochastic depth they say nothing but their sizes.
+fn draws(parts: usize) -> StepDraws {
+    let mut rng = stream(4, Purpose::Forward, 0, 0);
+    (0..parts)
+        .map(|part| {
+            let samples = (part + 1) * BATCH / parts - part * BATCH / parts;
+            [2, LOCALS].map(|crops| StochasticDraws::draw(&backbone(), crops * samples, &mut rng))
+        })
+        .collect()
+}
+
+fn at(step: u64) -> Scheduled {
+    Scheduled {
+        step,
+        lr: 1e-3,
+        last_layer_lr: 1e-3,
+        weight_decay: 0.04,
+        teacher_momentum: 0.9,
+        teacher_temp: 0.06,
+        teacher_patch_temp: 0.05,
+    }
+}
+
+/// Every number of a state, by name.
+fn numbers(state: &TrainState) -> BTreeMap<String, Vec<f32>> {
+    let mut all = BTreeMap::new();
+    for (network, of) in [("student", &state.student), ("teacher", &state.teacher)] {
+        parameters::visit(of, |name, _, value| {
+            all.insert(format!("{network}.{name}"), host(value));
+        });
+    }
+    for (name, moments) in &state.optimizer.moments {
+        all.insert(format!("m.{name}"), host(moments.m.clone()));
+        all.insert(format!("v.{name}"), host(moments.v.clone()));
+        all.insert(format!("steps.{name}"), vec![moments.steps as f32]);
+    }
+    all.insert("cls_center".into(), host(state.cls_center.value.clone().reshape([-1])));
+    all.insert("patch_center".into(), host(state.patch_center.value.clone().reshape([-1])));
+    all.insert("step".into(), vec![state.step as f32]);
+    all
+}
+
+fn bits(numbers: &BTreeMap<String, Vec<f32>>) -> BTreeMap<&String, Vec<u32>> {
+    numbers.iter().map(|(name, values)| (name, values.iter().map(|v| v.to_bits()).collect())).collect()
+}
+
+/// `batch` with NaN in one pixel of one crop of sample 3.
+fn with_nan(mut batch: Batch, in_local: bool) -> Batch {
+    let at = |crop: usize| [crop..crop + 1, 3..4, 1..2, 2..3, 5..6];
+    let nan = Tensor::<5>::full([1, 1, 1, 1, 1], f32::NAN, &Device::flex());
+    if in_local {
+        batch.local = batch.local.map(|local| local.slice_assign(at(2), nan));
+    } else {
+        batch.global = batch.global.slice_assign(at(1), nan);
+    }
+    batch
+}
+
+#[test]
+fn a_nan_pixel_is_reported_with_its_sample_and_changes_nothing() {
+    let mut state = state();
+    train_step(&mut state, &batch(0), &draws(1), &losses(), at(0)).expect("a sound batch");
+    let before = numbers(&state);
+    assert!(before["cls_center"].iter().any(|v| *v != 0.0), "the centers have moved");
+    let mut cases = 0;
+    for in_local in [false, true] {
+        for parts in [1, 3] {
+            let error = train_step(&mut state, &with_nan(batch(1), in_local), &draws(parts), &losses(), at(1));
+            let error = error.expect_err("a NaN pixel");
+            let StepError::NotFinite { step, what, value, ids } = &error;
+            assert!((*step, ids.as_slice()) == (1, &["photo-3.jpg".to_owned()]), "{error}");
+            assert!(what.starts_with("loss `") && value.is_nan(), "{error}");
+            let text = error.to_string();
+            assert!(text.starts_with("step 1: loss `") && text.contains("no weight was changed"), "{text}");
+            assert!(bits(&numbers(&state)) == bits(&before), "the state has changed");
+            cases += 1;
+        }
+    }
+    assert_eq!(cases, 4);
+    train_step(&mut state, &batch(1), &draws(1), &losses(), at(1)).expect("the state is as good as before");
+}
+
+#[track_caller]
+fn assert_near(what: &str, left: f64, right: f64) {
+    assert!((left - right).abs() <= 1e-5, "{what}: {left} and {right}");
+}
+
+/// One step in one part and in three.
+fn compare(batch: &Batch, config: &LossConfig) {
+    let (mut whole, mut parts) = (state(), state());
+    let first = train_step(&mut whole, batch, &draws(1), config, at(0)).expect("a step");
+    let second = train_step(&mut parts, batch, &draws(3), config, at(0)).expect("a step");
+    for ((name, left), (_, right)) in first.losses.named().into_iter().zip(second.losses.named()) {
+        assert_near(name, left.expect("every term is on"), right.expect("every term is on"));
+    }
+    assert_near("total", first.losses.total, second.losses.total);
+    assert_near("entropy", first.target_entropy.conditional, second.target_entropy.conditional);
+    let (whole, parts) = (numbers(&whole), numbers(&parts));
+    assert_eq!(whole.len(), parts.len());
+    for (name, values) in &whole {
+        let scale = values.iter().fold(1.0f32, |scale, v| scale.max(v.abs()));
+        for (left, right) in values.iter().zip(&parts[name]) {
+            assert!((left - right).abs() <= 1e-5 * scale, "{name}: {left} and {right}");
+        }
+    }
+}
+
+#[test]
+fn micro_batches_change_neither_losses_nor_weights() {
+    compare(&batch(0), &losses());
+    compare(&batch(1), &LossConfig { centering: Centering::Sinkhorn, koleo_weight: 0.7, ..losses() });
+}
+
+/// An epoch's end and the next one's beginning may bring a photo twice, in different crops.
+#[test]
+fn micro_batches_with_the_same_samples_keep_their_own_gradients() {
+    let mut batch = batch(2);
+    batch.ids = vec!["photo.jpg".to_owned(); BATCH];
+    compare(&batch, &LossConfig { koleo_weight: 0.7, ..losses() });
+}
