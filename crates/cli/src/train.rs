@@ -25,7 +25,8 @@ pub(crate) struct Args {
     /// start from `small_64px`
     #[arg(long, value_name = "RECIPE", default_value = "quickstart", conflicts_with = "resume")]
     config: String,
-    /// Images to train on: a folder of any depth, or `synthetic`. Replaces `data.source`
+    /// Images to train on: a folder of any depth, or `synthetic`. Replaces `data.source`, and the recipe's `eval.train` and
+    /// `eval.val`: k-NN is then measured on a tenth of each class
     #[arg(long, value_name = "DIR", conflicts_with = "resume")]
     data: Option<String>,
     /// Run directory. An unfinished run of the same configuration goes on where it stopped. Default: `runs/<recipe>`, with
@@ -68,10 +69,15 @@ pub(crate) struct Args {
 impl Args {
     /// The flags as overrides, in the order in which they apply: `--set` comes last and wins.
     fn overrides(&self) -> Vec<String> {
-        let text = |value: &str| format!("'{}'", value.replace('\'', ""));
+        // A JSON string is a TOML string.
+        let text = |value: &str| serde_json::Value::from(value).to_string();
         let mut all = Vec::new();
         let mut push = |key: &str, value: Option<String>| all.extend(value.map(|value| format!("{key}={value}")));
         push("data.source", self.data.as_deref().map(text));
+        // A recipe's own images to classify have nothing to do with other images to train on.
+        for key in ["eval.train", "eval.val"] {
+            push(key, self.data.as_ref().map(|_| text("")));
+        }
         push("run.device", self.device.as_deref().map(text));
         push("train.batch_size", self.batch_size.map(|n| n.to_string()));
         push("train.length", self.length.as_deref().map(text));

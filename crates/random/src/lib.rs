@@ -15,9 +15,9 @@ pub enum Purpose {
     SampleOrder = 1,
     /// The crops of a sample. Counters: sample, [`epoch_view`].
     Crop = 2,
-    /// The block masks of a batch. Counters: step, crop.
+    /// The block masks of a batch. Counters: step, 0.
     Mask = 3,
-    /// Initial weights. Counters: module, 0.
+    /// Initial weights. Counters: 0, 0.
     Init = 4,
     /// Stochastic depth and RoPE augmentation of a forward. Counters: step, micro-batch and crop group.
     Forward = 5,
@@ -67,7 +67,14 @@ mod tests {
 
     #[test]
     fn the_same_arguments_give_the_same_draws() {
-        let draws = |()| (0..5).map({ let mut s = stream(7, Purpose::Crop, 11, epoch_view(3, 2)); move |_| s.next_u64() }).collect::<Vec<_>>();
+        let draws = |()| {
+            (0..5)
+                .map({
+                    let mut s = stream(7, Purpose::Crop, 11, epoch_view(3, 2));
+                    move |_| s.next_u64()
+                })
+                .collect::<Vec<_>>()
+        };
         assert_eq!(draws(()), draws(()));
     }
 }

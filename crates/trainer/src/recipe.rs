@@ -1,7 +1,8 @@
 //! The recipe: everything that a run is made from.
 //!
 //! Tables say what they may change. `[run]` never changes results; `[efficiency]` changes speed and memory, and results
-//! only by rounding; all others change what is computed. Each part's table lives with the part.
+//! only by rounding and, where stochastic depth or RoPE augmentation is on, by what they draw per micro-batch; all others
+//! change what is computed. Each part's table lives with the part.
 
 use dinoxide_augmentation::{AugmentationConfig, MaskConfig};
 use dinoxide_data::DataConfig;

@@ -179,6 +179,8 @@ struct Run<'a> {
 struct Clock {
     /// Seconds of earlier sessions.
     before: f64,
+    /// Seconds of this session spent on evaluations.
+    evaluating: f64,
     start: Instant,
     window_start: Instant,
     window_images: u64,
@@ -188,7 +190,7 @@ struct Clock {
 
 impl Clock {
     fn seconds(&self) -> f64 {
-        self.before + self.start.elapsed().as_secs_f64()
+        self.before + self.start.elapsed().as_secs_f64() - self.evaluating
     }
 }
 
@@ -240,6 +242,7 @@ impl<'a> Run<'a> {
         let now = Instant::now();
         let clock = Clock {
             before: progress.seconds,
+            evaluating: 0.0,
             start: now,
             window_start: now,
             window_images: 0,
@@ -416,7 +419,9 @@ impl<'a> Run<'a> {
         let Some(monitor) = &self.monitor else { return Ok(None) };
         let of = monitor.images();
         let mut progress = |done| watch(Event::Evaluating { done, of });
+        let since = Instant::now();
         let finding = monitor.run(&self.state.teacher.backbone, self.device, &mut progress)?;
+        self.clock.evaluating += since.elapsed().as_secs_f64();
         self.metrics.write(&Line::Eval {
             step: self.progress.step,
             images: self.progress.images,

@@ -240,13 +240,11 @@ impl Schedule {
         };
         let factor = config.lr_scaling.factor(batch);
         let end_factor = if config.form == Form::Blocks { factor } else { 1.0 };
-        // The temperature has no cosine in the first form: after its warm-up it stays.
-        let temp = CurveConfig { cosine: config.teacher_temp.cosine, ..config.teacher_temp.clone() };
         Ok(Self {
             lr: curve("lr", &config.lr, factor, end_factor)?,
             weight_decay: curve("weight_decay", &config.weight_decay, 1.0, 1.0)?,
             teacher_momentum: curve("teacher_momentum", &config.teacher_momentum, 1.0, 1.0)?,
-            teacher_temp: curve("teacher_temp", &temp, 1.0, 1.0)?,
+            teacher_temp: curve("teacher_temp", &config.teacher_temp, 1.0, 1.0)?,
             freeze_steps: steps(config.freeze_last_layer),
             total,
         })

@@ -218,7 +218,15 @@ pub fn train_step(
     let mut gradients = Gradients::new();
     for (i, part) in parts.iter().enumerate() {
         let share = part.len() as f64 / batch.len() as f64;
-        let terms = student_losses(&state.student, part, &targets[i], &draws[i], config, batch.len(), spread.as_ref());
+        let terms = student_losses(
+            &state.student,
+            part,
+            &targets[i],
+            &draws[i],
+            config,
+            batch.len(),
+            spread.as_ref().map(|s| &s.gradients[i]),
+        );
         losses.add(&terms, share);
         accumulate(&mut gradients, &state.student, weighted_sum(terms, share, config));
     }
@@ -341,7 +349,7 @@ fn student_losses(
     draws: &[StochasticDraws; 2],
     config: &LossConfig,
     whole_batch: usize,
-    spread: Option<&Spread>,
+    spread: Option<&Tensor<2>>,
 ) -> Terms {
     let device = part.global.device();
     let masks = (config.ibot_weight > 0.0).then(|| DeviceMasks::new(&part.masks, &device));
@@ -383,7 +391,7 @@ fn student_losses(
     if config.koleo_weight > 0.0 {
         match spread {
             None => terms.koleo = Some(koleo::koleo_per_crop(global.cls, 2)),
-            Some(spread) => terms.koleo_graph = Some((global.cls * Tensor::from_inner(spread.gradient_of(part))).sum()),
+            Some(gradient) => terms.koleo_graph = Some((global.cls * tracked(gradient.clone())).sum()),
         }
     }
     terms
@@ -403,19 +411,8 @@ fn student_global(
 struct Spread {
     /// A mean over the two global crops.
     value: f64,
-    /// Gradient of the sum over crops with respect to each sample's CLS token, by sample name and crop: `[2, B, D]`.
-    gradient: Tensor<3>,
-    /// The samples in order.
-    ids: Vec<String>,
-}
-
-impl Spread {
-    fn gradient_of(&self, part: &Batch) -> Tensor<2> {
-        let first = self.ids.windows(part.ids.len()).position(|ids| ids == part.ids).expect("a part of the batch");
-        let [crops, _, dim] = self.gradient.dims();
-        let rows = self.gradient.clone().slice(s![.., first..first + part.ids.len(), ..]);
-        rows.reshape([crops * part.ids.len(), dim])
-    }
+    /// Gradient of the sum over crops with respect to the CLS tokens of each micro-batch: `[2B, D]`, plain.
+    gradients: Vec<Tensor<2>>,
 }
 
 fn koleo_of_parts(student: &Network, parts: &[Batch], draws: &StepDraws, config: &LossConfig) -> Spread {
@@ -436,11 +433,14 @@ fn koleo_of_parts(student: &Network, parts: &[Batch], draws: &StepDraws, config:
     let cls = Tensor::<2>::from_inner(cls.reshape([crops * batch, dim])).require_grad();
     let loss = koleo::koleo_per_crop(cls.clone(), crops);
     let gradient = cls.grad(&loss.graph.backward()).expect("KoLeo depends on every CLS token");
-    Spread {
-        value: f64::from(host(loss.value)[0]) / crops as f64,
-        gradient: gradient.reshape([crops, batch, dim]),
-        ids: parts.iter().flat_map(|part| part.ids.clone()).collect(),
-    }
+    let gradient = gradient.reshape([crops, batch, dim]);
+    let mut first = 0;
+    let gradients = parts.iter().map(|part| {
+        let samples = first..first + part.len();
+        first = samples.end;
+        gradient.clone().slice(s![.., samples, ..]).reshape([crops * part.len(), dim])
+    });
+    Spread { value: f64::from(host(loss.value)[0]) / crops as f64, gradients: gradients.collect() }
 }
 
 /// Pairs of (student crop, teacher crop): global with global, local with global.
