@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context;
 use dinoxide_data::{DecodeLimits, Source, open};
 use dinoxide_evaluation::{
     Extracted, Extraction, FeatureSet, FeatureSource, Features, KnnConfig, LinearConfig, Selection, Token, extract,
@@ -330,5 +329,5 @@ fn write(path: &Path, text: &str) -> anyhow::Result<()> {
     if path.is_dir() {
         return Err(Usage(anyhow::anyhow!("{}: is a folder, not a file to write", path.display())).into());
     }
-    write_atomically(path, text.as_bytes()).with_context(|| path.display().to_string())
+    write_atomically(path, text.as_bytes()).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 
 /// Prints an error with its hint.
 pub(crate) fn error(error: &anyhow::Error) {
-    eprintln!("error: {error:#}");
+    eprintln!("error: {error}");
 }
 
 /// Prints a line for a person who watches no progress bar.

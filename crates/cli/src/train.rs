@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use anyhow::Context;
 use dinoxide_config::Resolved;
 use dinoxide_trainer::run::{Event, Outcome};
 use dinoxide_trainer::{Recipe, train};
@@ -128,7 +127,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             std::process::exit(i32::from(exit::INTERRUPTED));
         }
     })
-    .context("cannot listen for Ctrl-C")?;
+    .map_err(|e| anyhow::anyhow!("cannot listen for Ctrl-C: {e}"))?;
 
     let mut screen = Screen {
         log: Log::new(None)?,
@@ -148,7 +147,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let outcome = match outcome {
         Ok(outcome) => outcome,
         Err(error) => {
-            screen.log.keep(&format!("error: {error:#}"));
+            screen.log.keep(&format!("error: {error}"));
             return Err(error);
         }
     };

@@ -78,6 +78,13 @@ pub fn extract(
     if how.last_blocks == 0 || how.last_blocks > depth {
         return Err(EvaluationError::BlockCount { asked: how.last_blocks, available: depth });
     }
+    let channels = backbone.config().in_channels;
+    if channels != 3 {
+        return Err(extraction(format!("the backbone takes images of {channels} channels, these have 3")));
+    }
+    if how.batch == 0 {
+        return Err(extraction("a forward of 0 images".into()));
+    }
     let layers: Vec<usize> = (depth - how.last_blocks..depth).collect();
     let dim = backbone.config().embed_dim;
 
@@ -85,7 +92,7 @@ pub fn extract(
     let mut patch_mean = Vec::new();
     let mut rows = Vec::with_capacity(indices.len());
     let mut rejected = Vec::new();
-    for chunk in indices.chunks(how.batch.max(1)) {
+    for chunk in indices.chunks(how.batch) {
         let read: Vec<Result<RgbImage, Rejected>> = chunk
             .par_iter()
             .map(|&index| match source.read(index) {

@@ -39,8 +39,8 @@ pub fn koleo_in_groups(features: Tensor<2>, nearest: usize, group: usize) -> Los
     let fixed = plain(x.clone()).reshape([groups, group, dim]);
     let cosines = fixed.clone().matmul(fixed.transpose());
     let own = Tensor::<2>::eye(group, &cosines.device()).unsqueeze::<3>();
-    // The diagonal becomes −1, less than or equal to every cosine.
-    let neighbours = (cosines * (own.clone() * -1.0 + 1.0) - own).argtopk(nearest, 2);
+    // The diagonal becomes −2, less than every cosine, rounding included.
+    let neighbours = (cosines * (own.clone() * -1.0 + 1.0) - own * 2.0).argtopk(nearest, 2);
     let first = Tensor::<1, Int>::arange(0..groups as i64, &neighbours.device()) * group as i64;
     let neighbours = (neighbours + first.reshape([groups, 1, 1])).reshape([batch * nearest]);
     let neighbours = if x.device().is_autodiff() { Tensor::from_inner(neighbours) } else { neighbours };

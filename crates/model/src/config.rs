@@ -437,6 +437,15 @@ impl VitConfig {
                 return Err(ModelError::config(format!("`model.{name}` is {value}, not a usable size")));
             }
         }
+        if self.register_tokens > 1 << 12 {
+            return Err(ModelError::config(format!(
+                "`model.register_tokens` is {}, at most 4096 are possible",
+                self.register_tokens
+            )));
+        }
+        if self.layer_scale_init.is_some_and(|init| !init.is_finite()) {
+            return Err(ModelError::config("`model.layer_scale_init` is not a finite number"));
+        }
         if !self.embed_dim.is_multiple_of(self.num_heads) {
             let (dim, heads) = (self.embed_dim, self.num_heads);
             return Err(ModelError::config(format!(
@@ -465,11 +474,11 @@ impl VitConfig {
             }
         }
         if let Some(learned) = &self.learned
-            && (learned.grid == 0 || learned.grid > 1 << 12 || !learned.offset.is_finite())
+            && (learned.grid == 0 || learned.grid > 1 << 12 || !(0.0..1.0).contains(&learned.offset))
         {
             return Err(ModelError::config(format!(
-                "a learned position table of {0}×{0} patches is not usable",
-                learned.grid
+                "a learned position table of {0}×{0} patches, interpolated with offset {1}, is not usable",
+                learned.grid, learned.offset
             )));
         }
         if !(0.0..1.0).contains(&self.drop_path_rate) {

@@ -72,7 +72,12 @@ fn branch(kind: DropPathKind, rate: f64, batch: usize, rng: &mut impl Rng) -> Br
         DropPathKind::Subset => {
             let mut order: Vec<usize> = (0..batch).collect();
             order.shuffle(rng);
-            BranchDraw::subset(rate, order)
+            // The references round down, which turns a rate of 0.1 into 0.5 where two crops make a micro-batch. Rounded at
+            // random, the rate is right on average however a batch is divided.
+            let kept = batch as f64 * (1.0 - rate);
+            let up = usize::from(rng.random::<f64>() < kept.fract());
+            order.truncate((kept as usize + up).max(1));
+            BranchDraw::Subset(order)
         }
         DropPathKind::PerSample => BranchDraw::per_sample(rate, (0..batch).map(|_| rng.random())),
     }

@@ -303,5 +303,6 @@ fn parameter_count(config: &VitConfig) -> usize {
     let patch =
         config.embed_dim.saturating_mul(config.in_channels * config.patch_size).saturating_mul(config.patch_size);
     let positions = config.learned.as_ref().map_or(0, |l| config.embed_dim.saturating_mul(l.grid * l.grid));
-    config.depth.saturating_mul(block).saturating_add(patch).saturating_add(positions)
+    let registers = config.embed_dim.saturating_mul(config.register_tokens);
+    config.depth.saturating_mul(block).saturating_add(patch).saturating_add(positions).saturating_add(registers)
 }

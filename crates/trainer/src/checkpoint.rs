@@ -26,6 +26,8 @@ pub struct Progress {
     pub step: u64,
     /// Images seen.
     pub images: u64,
+    /// Images in the data: the order of a run depends on it.
+    pub samples: usize,
     /// Seconds spent training, over all sessions.
     pub seconds: f64,
     /// The first k-NN accuracy, in percent, measured before step 0.
@@ -64,7 +66,7 @@ pub fn save(folder: &Path, state: &TrainState, progress: &Progress, keep: usize)
             fs::remove_dir_all(&target)?;
         }
         fs::rename(&unfinished, &target)?;
-        fs::File::open(folder)?.sync_all()
+        sync_folder(folder)
     });
     if let Err(error) = written {
         // The error to report is the first one; this is tidying up.
@@ -112,7 +114,13 @@ fn write(folder: &Path, state: &TrainState, progress: &Progress) -> std::io::Res
     };
     write_atomically(&folder.join("state.safetensors"), &bytes)?;
     let manifest = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
-    write_atomically(&folder.join("manifest.json"), &manifest)
+    write_atomically(&folder.join("manifest.json"), &manifest)?;
+    sync_folder(folder)
+}
+
+/// Makes a folder's entries outlast a power failure, where the system lets a folder be opened.
+fn sync_folder(folder: &Path) -> std::io::Result<()> {
+    if cfg!(unix) { fs::File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
 /// All tensors of a state by name.

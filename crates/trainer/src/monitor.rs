@@ -1,5 +1,6 @@
 //! k-NN during training: what the teacher's features are worth, on images whose classes are known.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use burn::tensor::Device;
@@ -59,10 +60,17 @@ fn hold_out(source: &dyn Source) -> (Vec<usize>, Vec<usize>) {
     (kept, held)
 }
 
-/// `keep` of the indices, evenly from all classes.
+/// `keep` of the indices, evenly from all classes, and at least one of each.
 fn spread(source: &dyn Source, indices: Vec<usize>, keep: usize) -> Vec<usize> {
     let sorted = by_class(source, indices);
-    (0..keep).map(|i| sorted[i * sorted.len() / keep]).collect()
+    let mut chosen: Vec<usize> = (0..keep).map(|i| sorted[i * sorted.len() / keep]).collect();
+    // A class so small that the stride passed over it still needs an example.
+    let known: BTreeSet<Option<u32>> = chosen.iter().map(|&index| source.label(index)).collect();
+    let mut missing = sorted;
+    missing.retain(|&index| !known.contains(&source.label(index)));
+    missing.dedup_by_key(|index| source.label(*index));
+    chosen.extend(missing);
+    chosen
 }
 
 impl Monitor {

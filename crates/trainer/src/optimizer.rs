@@ -189,7 +189,7 @@ impl AdamW {
         };
         parameters::replace(network, |name, weight| {
             let group = groups[name];
-            let frozen = group.is_last_layer && at.last_layer_lr == 0.0;
+            let frozen = group.is_last_layer && at.last_layer_frozen;
             let trained = gradients.contains_key(name) || !name.ends_with("weight_g");
             if (frozen && config.freeze == Freeze::Gradient) || !trained {
                 return weight;
@@ -209,7 +209,7 @@ impl AdamW {
             if factor != 1.0 {
                 gradient = gradient * factor;
             }
-            let lr = if group.is_last_layer { at.last_layer_lr } else { at.lr } * group.lr_multiplier;
+            let lr = if frozen { 0.0 } else { at.lr * group.lr_multiplier };
             state.steps += 1;
             let zeros = Tensor::zeros([1], &weight.device());
             let m = std::mem::replace(&mut state.m, zeros.clone());

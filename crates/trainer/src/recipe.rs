@@ -4,7 +4,7 @@
 //! only by rounding and, where stochastic depth or RoPE augmentation is on, by what they draw per micro-batch; all others
 //! change what is computed. Each part's table lives with the part.
 
-use dinoxide_augmentation::{AugmentationConfig, MaskConfig};
+use dinoxide_augmentation::{AugmentationConfig, MaskConfig, MaskStyle};
 use dinoxide_data::DataConfig;
 use dinoxide_model::{HeadConfig, ModelConfig, VitConfig};
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::duration::Duration;
 use crate::error::TrainError;
 use crate::optimizer::OptimConfig;
-use crate::schedule::{Schedule, ScheduleConfig};
+use crate::schedule::{Form, Schedule, ScheduleConfig};
 use crate::step::LossConfig;
 
 /// The `[run]` table: what is shown and kept.
@@ -188,14 +188,17 @@ impl Recipe {
             )));
         }
         let schedule = Schedule::new(&self.schedule, steps, batch, samples).map_err(invalid)?;
-        let every = |duration: Duration| duration.steps(batch, samples).max(1);
+        let every = |key: &str, duration: Duration| match duration.steps(batch, samples) {
+            0 => Err(invalid(format!("`{key}` \"{duration}\" is not a single step of {batch} images"))),
+            steps => Ok(steps),
+        };
         Ok(Plan {
             backbone,
             schedule,
             samples,
             steps,
-            log_every: every(self.run.log_every),
-            checkpoint_every: every(self.run.checkpoint_every),
+            log_every: every("run.log_every", self.run.log_every)?,
+            checkpoint_every: every("run.checkpoint_every", self.run.checkpoint_every)?,
             eval_every: self.eval.every.steps(batch, samples),
         })
     }
@@ -227,6 +230,27 @@ impl Recipe {
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
             return invalid(format!("`{key}` is 0, must be at least 1"));
         }
+        const LARGEST: usize = 1 << 24;
+        if let Some((key, value)) = positive.into_iter().find(|(_, value)| *value > LARGEST) {
+            return invalid(format!("`{key}` is {value}, more than any machine can hold"));
+        }
+        if self.augmentation.local_crops > 1 << 10 {
+            return invalid(format!(
+                "`augmentation.local_crops` is {}, at most 1024 are possible",
+                self.augmentation.local_crops
+            ));
+        }
+        for (table, head) in [("dino_head", &self.dino_head), ("ibot_head", &self.ibot_head)] {
+            let used = table == "dino_head" && !self.train.separate_ibot_head;
+            if let Some(count) = head.patch_prototypes
+                && (!used || count == 0 || count > LARGEST)
+            {
+                return invalid(format!(
+                    "`{table}.patch_prototypes` is {count}: it needs a number from 1 on, in `[dino_head]`, and \
+                     `train.separate_ibot_head = false`"
+                ));
+            }
+        }
         if self.efficiency.micro_batches > self.train.batch_size {
             let (parts, batch) = (self.efficiency.micro_batches, self.train.batch_size);
             return invalid(format!("`efficiency.micro_batches` is {parts}, more than `train.batch_size` {batch}"));
@@ -246,6 +270,17 @@ impl Recipe {
                 loss.koleo_weight
             ));
         }
+        let masked = match self.mask.style {
+            MaskStyle::PerImage => self.mask.probability,
+            MaskStyle::Exact | MaskStyle::AtMost => (2.0 * batch as f64 * self.mask.probability).floor(),
+        };
+        if loss.ibot_weight > 0.0 && (masked == 0.0 || self.mask.ratio[1] == 0.0) {
+            return invalid(format!(
+                "`loss.ibot_weight` is {} and `mask.probability` {} with `mask.ratio` up to {} masks nothing in a batch of \
+                 {batch}\n\nhint: raise them, or set `loss.ibot_weight = 0`",
+                loss.ibot_weight, self.mask.probability, self.mask.ratio[1]
+            ));
+        }
         if loss.ibot_weight > 0.0 && !self.model.mask_token {
             return invalid(format!(
                 "`loss.ibot_weight` is {} and `model.mask_token` is false: masked patches need a mask token",
@@ -258,6 +293,15 @@ impl Recipe {
             ("loss.ibot_weight", loss.ibot_weight),
             ("loss.koleo_weight", loss.koleo_weight),
             ("optim.clip_norm", self.optim.clip_norm),
+            ("optim.layerwise_decay", self.optim.layerwise_decay),
+            ("optim.patch_embed_lr_mult", self.optim.patch_embed_lr_mult),
+            ("schedule.trunc_extra", self.schedule.trunc_extra),
+            ("schedule.lr.start", self.schedule.lr.start),
+            ("schedule.lr.peak", self.schedule.lr.peak),
+            ("schedule.lr.end", self.schedule.lr.end),
+            ("schedule.weight_decay.start", self.schedule.weight_decay.start),
+            ("schedule.weight_decay.peak", self.schedule.weight_decay.peak),
+            ("schedule.weight_decay.end", self.schedule.weight_decay.end),
         ];
         if let Some((key, value)) = least.into_iter().find(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
             return invalid(format!("`{key}` is {value}, must be a number from 0 on"));
@@ -271,16 +315,24 @@ impl Recipe {
             ("schedule.teacher_temp.peak", temps.peak),
             ("schedule.teacher_temp.end", temps.end),
         ];
-        let temps = temps
-            .into_iter()
-            .chain([("loss.student_temp", loss.student_temp), ("eval.temperature", self.eval.temperature)]);
+        let temps = temps.into_iter().chain([
+            ("loss.student_temp", loss.student_temp),
+            ("eval.temperature", self.eval.temperature),
+            ("optim.eps", self.optim.eps),
+        ]);
         if let Some((key, value)) = temps.into_iter().find(|(_, value)| !(value.is_finite() && *value > 0.0)) {
             return invalid(format!("`{key}` is {value}, must be above 0"));
         }
+        let below_one = [("optim.beta1", self.optim.beta1), ("optim.beta2", self.optim.beta2)];
+        if let Some((key, value)) = below_one.into_iter().find(|(_, value)| !(0.0..1.0).contains(value)) {
+            return invalid(format!("`{key}` is {value}, must be at least 0 and below 1"));
+        }
+        if self.schedule.trunc_extra > 0.0 && self.schedule.form == Form::Blocks {
+            return invalid("`schedule.trunc_extra` needs `schedule.form = \"cosine\"`".into());
+        }
         let shares = [
-            ("optim.beta1", self.optim.beta1),
-            ("optim.beta2", self.optim.beta2),
             ("loss.center_momentum", loss.center_momentum),
+            ("schedule.teacher_momentum.start", self.schedule.teacher_momentum.start),
             ("schedule.teacher_momentum.peak", self.schedule.teacher_momentum.peak),
             ("schedule.teacher_momentum.end", self.schedule.teacher_momentum.end),
         ];
@@ -295,8 +347,8 @@ impl Recipe {
         if self.eval.image_size > 0 { self.eval.image_size } else { self.augmentation.global_crop_size }
     }
 
-    /// The head of patch tokens, when separate.
+    /// The head of patch tokens, when there is work for it and it is separate.
     pub fn patch_head(&self) -> Option<&HeadConfig> {
-        self.train.separate_ibot_head.then_some(&self.ibot_head)
+        (self.train.separate_ibot_head && self.loss.ibot_weight > 0.0).then_some(&self.ibot_head)
     }
 }

@@ -8,6 +8,7 @@
 //!   teacher.safetensors  the newest teacher backbone, with what is needed to evaluate it
 //! ```
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -131,14 +132,26 @@ pub fn train(
     let source = config.data.open()?;
     let plan = config.plan(source.len())?;
     let monitor = Monitor::new(config, &source, &config.data.decode)?;
-    prepare_directory(recipe, directory)?;
+    let _lock = prepare_directory(recipe, directory)?;
     let mut run = Run::start(config, plan, source, monitor, directory, device, watch)?;
     run.go(stop, watch)
 }
 
 /// Creates the run directory, or checks that it is of the same configuration.
-fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<(), TrainError> {
+///
+/// The file returned is locked, so that no other process trains here for as long as it is open.
+fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<File, TrainError> {
     std::fs::create_dir_all(directory).map_err(TrainError::io(directory))?;
+    let lock_path = directory.join(".lock");
+    let lock = File::create(&lock_path).map_err(TrainError::io(&lock_path))?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let reason = "another process is training in this directory".to_owned();
+            return Err(TrainError::NotResumable { path: directory.to_owned(), reason });
+        }
+        Err(TryLockError::Error(error)) => return Err(TrainError::io(&lock_path)(error)),
+    }
     let path = directory.join("config.toml");
     if path.exists() {
         let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
@@ -156,7 +169,8 @@ fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<(), 
     }
     checkpoint::remove_unfinished(directory)?;
     checkpoint::remove_unfinished(&directory.join("checkpoints"))?;
-    write_atomically(&path, recipe.to_annotated_toml().as_bytes()).map_err(TrainError::io(&path))
+    write_atomically(&path, recipe.to_annotated_toml().as_bytes()).map_err(TrainError::io(&path))?;
+    Ok(lock)
 }
 
 struct Run<'a> {
@@ -212,12 +226,21 @@ impl<'a> Run<'a> {
         let (dino_head, patch_head) = (&config.dino_head, config.patch_head());
         let mut state =
             TrainState::new(&plan.backbone, dino_head, patch_head, &config.optim, &config.loss, device, &mut rng);
-        let mut progress = Progress::default();
+        let mut progress = Progress { samples: source.len(), ..Progress::default() };
         let loaded = checkpoint::load_newest(&directory.join("checkpoints"), &mut state, device)?;
         let mut damaged = Vec::new();
         let mut saved = None;
         if let Some(loaded) = loaded {
             progress = loaded.progress;
+            if progress.samples != source.len() {
+                let (then, now) = (progress.samples, source.len());
+                let reason = format!(
+                    "it was trained on {then} images, and `{}` now has {now}: their order would change\n\nhint: bring the \
+                     images back, or start a new run",
+                    config.data.source
+                );
+                return Err(TrainError::NotResumable { path: directory.to_owned(), reason });
+            }
             damaged = loaded.damaged;
             saved = Some(progress.step);
         }

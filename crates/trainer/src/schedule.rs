@@ -85,6 +85,9 @@ impl Curve {
         }
         let i = step - self.warmup;
         let n = self.total - self.warmup;
+        if n == 1 && self.form == Form::Cosine {
+            return self.peak;
+        }
         let share = match self.form {
             Form::Cosine if self.trunc_extra > 0.0 => {
                 let stretched = (((1.0 + self.trunc_extra) * n as f64) as u64).max(2);
@@ -179,8 +182,8 @@ pub struct Scheduled {
     pub step: u64,
     /// Learning rate.
     pub lr: f64,
-    /// Learning rate of the prototypes.
-    pub last_layer_lr: f64,
+    /// Whether the prototypes stay as they are.
+    pub last_layer_frozen: bool,
     /// Weight decay.
     pub weight_decay: f64,
     /// Momentum of the teacher.
@@ -257,7 +260,7 @@ impl Schedule {
         Scheduled {
             step,
             lr,
-            last_layer_lr: if step < self.freeze_steps { 0.0 } else { lr },
+            last_layer_frozen: step < self.freeze_steps,
             weight_decay: self.weight_decay.at(step),
             teacher_momentum: self.teacher_momentum.at(step),
             teacher_temp,

@@ -110,7 +110,8 @@ impl TrainState {
         let student = Network::new(backbone, dino_head, ibot_head, &device.clone().autodiff(), rng);
         let teacher = student.valid();
         let optimizer = AdamW::new(optim, &teacher, device);
-        let patch_prototypes = ibot_head.unwrap_or(dino_head).prototypes;
+        let patch_head = ibot_head.unwrap_or(dino_head);
+        let patch_prototypes = patch_head.patch_prototypes.unwrap_or(patch_head.prototypes);
         Self {
             student,
             teacher,

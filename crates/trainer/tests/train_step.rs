@@ -81,7 +81,7 @@ fn at(step: u64) -> Scheduled {
     Scheduled {
         step,
         lr: 1e-3,
-        last_layer_lr: 1e-3,
+        last_layer_frozen: false,
         weight_decay: 0.04,
         teacher_momentum: 0.9,
         teacher_temp: 0.06,

@@ -145,16 +145,15 @@ fn masked(fixture: &Fixture, mut backbone: VitConfig) -> VitConfig {
 pub(crate) fn scheduled(fixture: &Fixture, i: usize) -> Scheduled {
     let step = &fixture.json()["steps"][i];
     let lr = number(step, "lr");
-    let last_layer_lr = match step["last_layer_lr"].as_f64() {
-        Some(lr) => lr,
+    let last_layer_frozen = match step["last_layer_lr"].as_f64() {
+        Some(last_layer_lr) => last_layer_lr != lr,
         // DINO and iBOT take the gradient away for some epochs instead.
-        None if number(step, "epoch") < number(fixture.hyper(), "freeze") => 0.0,
-        None => lr,
+        None => number(step, "epoch") < number(fixture.hyper(), "freeze"),
     };
     Scheduled {
         step: i as u64,
         lr,
-        last_layer_lr,
+        last_layer_frozen,
         weight_decay: number(step, "wd"),
         teacher_momentum: number(step, "mom"),
         teacher_temp: number(step, "teacher_temp"),

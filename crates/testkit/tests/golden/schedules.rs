@@ -127,7 +127,7 @@ fn configured(check: &mut Check, name: &str, config: &Value, run: &Run) {
             check.number(
                 &format!("{name}: last layer's lr of {world} at {step}"),
                 expected,
-                at.last_layer_lr,
+                if at.last_layer_frozen { 0.0 } else { at.lr },
                 TOLERANCE,
             );
         }
