@@ -133,7 +133,10 @@ fn ctrl_c_saves_a_checkpoint_and_says_how_to_go_on() {
 }
 
 /// Ways to damage a file.
-fn damages() -> [(&'static str, fn(Vec<u8>) -> Vec<u8>); 3] {
+/// What is done to a file's bytes.
+type Damage = fn(Vec<u8>) -> Vec<u8>;
+
+fn damages() -> [(&'static str, Damage); 3] {
     [
         ("truncated", |bytes| bytes[..bytes.len() / 2].to_vec()),
         ("emptied", |_| Vec::new()),
