@@ -132,10 +132,10 @@ fn ctrl_c_saves_a_checkpoint_and_says_how_to_go_on() {
     assert_same_run(&place, "straight", "stopped");
 }
 
-/// Ways to damage a file.
 /// What is done to a file's bytes.
 type Damage = fn(Vec<u8>) -> Vec<u8>;
 
+/// Ways to damage a file.
 fn damages() -> [(&'static str, Damage); 3] {
     [
         ("truncated", |bytes| bytes[..bytes.len() / 2].to_vec()),
