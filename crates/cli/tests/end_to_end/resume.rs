@@ -251,3 +251,14 @@ fn a_full_disk_costs_no_checkpoint() {
     place.run(&["train", "--resume", "run"]).succeeded();
     assert_same_run(&place, "straight", "run");
 }
+
+#[test]
+fn two_processes_never_train_in_one_directory() {
+    let place = Workplace::new();
+    place.train("run", &[]).succeeded();
+    let lock = fs::File::open(place.path("run/.lock")).expect("a lock");
+    lock.lock().expect("locked");
+    place.run(&["train", "--resume", "run"]).failed(1, &["run: another process is training in this directory"]);
+    lock.unlock().expect("unlocked");
+    place.run(&["train", "--resume", "run"]).succeeded();
+}

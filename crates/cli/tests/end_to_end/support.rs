@@ -38,6 +38,9 @@ prototypes = 16
 bottleneck_dim = 8
 hidden_dim = 16
 
+[loss]
+ibot_weight = 1.0
+
 [schedule]
 lr = { start = 0.0, peak = 1e-3, end = 1e-6, warmup = "2 steps" }
 teacher_temp = { start = 0.04, peak = 0.07, end = 0.07, warmup = "2 steps" }

@@ -21,7 +21,7 @@ fn a_run_leaves_a_complete_directory() {
     let place = Workplace::new();
     let run = place.train("run", &[]).succeeded();
     let found = names(&place.path("run"));
-    assert_eq!(found, ["checkpoints", "config.toml", "log.txt", "metrics.jsonl", "teacher.safetensors"]);
+    assert_eq!(found, [".lock", "checkpoints", "config.toml", "log.txt", "metrics.jsonl", "teacher.safetensors"]);
     assert_eq!(place.checkpoints("run"), ["step-000006", "step-000009", "step-000010"]);
     for checkpoint in place.checkpoints("run") {
         let files = names(&place.path("run/checkpoints").join(checkpoint));
