@@ -180,6 +180,25 @@ fn a_damaged_checkpoint_costs_a_warning_and_the_steps_since_the_one_before() {
     assert_eq!(cases, 6);
 }
 
+/// A folder in the place of a file stands for every error of the system but that there is no such file.
+#[test]
+fn a_checkpoint_that_cannot_be_read_stops_the_run_and_nothing_is_lost() {
+    let place = Workplace::new();
+    place.train("run", &[]).succeeded();
+    let path = "run/checkpoints/step-000010/state.safetensors";
+    let state = place.read(path);
+    fs::remove_file(place.path(path)).expect("removed");
+    fs::create_dir(place.path(path)).expect("a folder");
+    let metrics = place.read("run/metrics.jsonl");
+    let failed = place.run(&["train", "--resume", "run"]);
+    failed.failed(1, &[&format!("error: {path}: "), "hint: make it readable", "remove `run/checkpoints/step-000010`"]);
+    assert_eq!(place.checkpoints("run"), ["step-000006", "step-000009", "step-000010"]);
+    assert_eq!(place.read("run/metrics.jsonl"), metrics);
+    fs::remove_dir(place.path(path)).expect("removed");
+    place.write(path, state);
+    place.run(&["train", "--resume", "run"]).succeeded();
+}
+
 #[test]
 fn a_run_without_a_whole_checkpoint_is_not_started_anew() {
     let place = Workplace::new();
