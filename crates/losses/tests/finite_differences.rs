@@ -354,6 +354,10 @@ fn another_order_of_the_samples_gives_the_same_losses_and_reordered_targets_and_
             x.grad(&loss.backward()).expect("a gradient").reshape([crops, batch, width])
         };
         let (left, right) = (gradient(&first, left.graph), gradient(&second, right.graph));
-        near(&format!("gradient {i}"), reordered(left, 1).reshape([-1, width as i32]), right.reshape([-1, width as i32]));
+        near(
+            &format!("gradient {i}"),
+            reordered(left, 1).reshape([-1, width as i32]),
+            right.reshape([-1, width as i32]),
+        );
     }
 }

@@ -79,7 +79,8 @@ fn images_of_a_batch_do_not_see_each_other() {
             assert_near(&what, all.cls.clone().select(0, places(&order)), reordered.cls, 1e-5);
             assert_near(&what, all.patches.clone().select(0, places(&order)), reordered.patches, 1e-5);
             for b in 0..order.len() {
-                let alone = vit.forward(images.clone().select(0, places(&[b])), Some(mask.clone().select(0, places(&[b]))));
+                let alone =
+                    vit.forward(images.clone().select(0, places(&[b])), Some(mask.clone().select(0, places(&[b]))));
                 assert_near(&what, all.prenorm.clone().select(0, places(&[b])), alone.prenorm, 1e-5);
             }
             cases += 1;
@@ -141,7 +142,8 @@ fn patches_and_positions_equal_naive_loops_on_grids_of_any_shape() {
                     for c in 0..CHANNELS {
                         for y in 0..PATCH {
                             for x in 0..PATCH {
-                                let pixel = ((b * CHANNELS + c) * height + row * PATCH + y) * width + column * PATCH + x;
+                                let pixel =
+                                    ((b * CHANNELS + c) * height + row * PATCH + y) * width + column * PATCH + x;
                                 let weight = weight[((d * CHANNELS + c) * PATCH + y) * PATCH + x];
                                 value += f64::from(pixels[pixel]) * f64::from(weight);
                             }

@@ -548,7 +548,9 @@ fn require_finite(
     let norms = norms.iter().map(|(name, value)| (format!("the gradient norm of `{name}`"), *value));
     match losses.chain(norms).find(|(_, value)| !value.is_finite()) {
         None => Ok(()),
-        Some((what, value)) => Err(StepError::NotFinite { step: at.step, what, value, ids: suspects(state, batch, config) }),
+        Some((what, value)) => {
+            Err(StepError::NotFinite { step: at.step, what, value, ids: suspects(state, batch, config) })
+        }
     }
 }
 

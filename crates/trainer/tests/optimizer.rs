@@ -25,7 +25,8 @@ fn network() -> Network {
         position: Position::Learned,
         ..ModelConfig::default()
     };
-    let head = |prototypes, norm| HeadConfig { prototypes, bottleneck_dim: 3, hidden_dim: 5, norm, ..Default::default() };
+    let head =
+        |prototypes, norm| HeadConfig { prototypes, bottleneck_dim: 3, hidden_dim: 5, norm, ..Default::default() };
     let (dino, ibot) = (head(7, HeadNorm::None), head(6, HeadNorm::WeightFixed));
     let mut rng = stream(1, Purpose::Init, 0, 0);
     Network::new(&config.resolve(12).expect("sizes fit"), &dino, Some(&ibot), &Device::flex(), &mut rng)

@@ -122,16 +122,8 @@ fn folders_without_images_are_named() {
 }
 
 /// Trains on `photos`, and measures k-NN among `known` on `val` every four steps.
-const WITH_CLASSES: [&str; 8] = [
-    "--data",
-    "photos",
-    "--set",
-    "eval.train='known'",
-    "--set",
-    "eval.val='val'",
-    "--set",
-    "eval.every='4 steps'",
-];
+const WITH_CLASSES: [&str; 8] =
+    ["--data", "photos", "--set", "eval.train='known'", "--set", "eval.val='val'", "--set", "eval.every='4 steps'"];
 
 fn with_classes() -> Workplace {
     let place = Workplace::new();
@@ -147,7 +139,7 @@ fn images_that_knn_cannot_read_are_named_once_and_counted() {
     place.write("known/cat/1.png", "no image");
     place.write("val/dog/2.png", "");
     let run = place.train("run", &WITH_CLASSES).succeeded();
-    for (path, reason) in [("known/cat/1.png", "not a PNG"), ("val/dog/2.png", "the file is empty")] {
+    for (path, reason) in [("known/cat/1.png", "not a JPEG"), ("val/dog/2.png", "the file is empty")] {
         let of_it: Vec<_> = run.stderr.lines().filter(|line| line.contains(path)).collect();
         assert!(of_it.len() == 1 && of_it[0].starts_with(&format!("warning: {path}: ")), "{of_it:?}");
         assert!(of_it[0].contains(reason) && of_it[0].ends_with("; left out of k-NN"), "{of_it:?}");
@@ -190,7 +182,10 @@ fn an_evaluation_that_no_longer_works_costs_a_warning_and_not_the_run() {
         let steps: Vec<_> = failed.iter().map(|line| line["step"].as_u64()).collect();
         assert_eq!(steps, [Some(8), Some(10)]);
         for line in failed {
-            assert_eq!((&line["kind"], line["bad_eval_images"].as_u64()), (&"health".into(), Some(2 * (count - left) as u64)));
+            assert_eq!(
+                (&line["kind"], line["bad_eval_images"].as_u64()),
+                (&"health".into(), Some(2 * (count - left) as u64))
+            );
             assert!(line["evaluation_error"].as_str().is_some_and(|error| error.starts_with(reason)), "{line}");
         }
         assert_eq!(metrics.iter().filter(|line| line["kind"] == "step").count(), 10);

@@ -87,7 +87,10 @@ fn metrics_keep_their_schema() {
             line,
             &["step", "images", "target_entropy.conditional", "target_entropy.marginal", "ln_prototypes"],
         );
-        assert!(line["bad_images"] == 0 && line["bad_eval_images"] == 0 && line["evaluation_error"].is_null(), "{line}");
+        assert!(
+            line["bad_images"] == 0 && line["bad_eval_images"] == 0 && line["evaluation_error"].is_null(),
+            "{line}"
+        );
     }
     let at: Vec<_> = evals.iter().map(|line| line["step"].as_u64()).collect();
     assert_eq!(at, [Some(0), Some(4), Some(8), Some(10)]);
