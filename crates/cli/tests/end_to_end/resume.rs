@@ -132,6 +132,31 @@ fn ctrl_c_saves_a_checkpoint_and_says_how_to_go_on() {
     assert_same_run(&place, "straight", "stopped");
 }
 
+#[test]
+fn an_evaluation_set_that_vanishes_during_a_run_does_not_end_it() {
+    let place = Workplace::new();
+    for (folder, count) in [("known", 5), ("val", 4)] {
+        place.write_classes(folder, &["cat", "dog"], count);
+    }
+    let sets = ["--set", "eval.train='known'", "--set", "eval.val='val'"];
+    let args = [&["train", "--config", "tiny.toml", "--run", "run"], &LONG[..], &sets].concat();
+    let mut child =
+        place.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts");
+    wait_for_lines(&place, "run", &mut child, 20);
+    fs::remove_dir_all(place.path("val")).expect("removed");
+    let output = child.wait_with_output().expect("a child");
+    let stderr = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(output.status.success(), "{stderr}");
+    assert!(
+        stderr.contains("warning: k-NN could not be measured after 240 steps: features: none of the 8 "),
+        "{stderr}"
+    );
+    assert!(output.stdout.is_empty(), "what was measured before is not the accuracy after training");
+    let metrics = place.metrics("run");
+    let count = |kind: &str| metrics.iter().filter(|line| line["kind"] == kind).count();
+    assert_eq!((count("step"), metrics[0]["kind"].as_str(), count("end")), (240, Some("eval"), 1));
+}
+
 /// What is done to a file's bytes.
 type Damage = fn(Vec<u8>) -> Vec<u8>;
 
