@@ -3,9 +3,11 @@
 
 use burn::module::Param;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
-use dinoxide_model::config::{FfnKind, Position};
+use dinoxide_model::config::{FfnKind, Position, RopeConfig, RopeNormalize, RopePeriods};
 use dinoxide_model::weights::host;
-use dinoxide_model::{CropGroup, ModelConfig, StochasticDraws, Vit};
+use dinoxide_model::{
+    CropGroup, HeadConfig, HeadNorm, ModelConfig, ProjectionHead, Rope, RopeDraw, StochasticDraws, Vit, parameters,
+};
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
 const PATCH: usize = 4;
@@ -117,7 +119,7 @@ fn patches_and_positions_equal_naive_loops_on_grids_of_any_shape() {
     let mut vit = vit(&config);
     // A block of nothing: what comes out is what went in.
     for block in &mut vit.blocks {
-        *block = dinoxide_model::parameters::replace(block.clone(), |_, weight| weight.zeros_like());
+        *block = parameters::replace(block.clone(), |_, weight| weight.zeros_like());
     }
     let dim = 16;
     let weight = host(vit.patch_embed.proj.weight.val().reshape([-1]));
@@ -203,4 +205,109 @@ fn a_students_forward_without_stochastic_depth_is_the_teachers() {
         }
     }
     assert_eq!(cases, 12);
+}
+
+/// Cosine and sine of `2π · coordinate / period`: frequencies of the row, those of the column, and both again.
+#[test]
+fn rotary_tables_equal_the_formula_on_grids_of_any_shape() {
+    let (head_dim, prefix, base) = (12, 2, 50.0f64);
+    let periods = RopePeriods::Base(base);
+    let config = RopeConfig { periods, normalize: RopeNormalize::Separate, shift: 0.0, jitter: 1.0, rescale: 1.0 };
+    let rope = Rope::new(config, head_dim);
+    let mut cases = 0;
+    for grid in GRIDS {
+        let table = rope.table(grid, prefix, &RopeDraw::NONE, &Device::flex());
+        assert_eq!(table.cos.dims(), [prefix + grid.0 * grid.1, head_dim]);
+        let (cos, sin) = (host(table.cos.reshape([-1])), host(table.sin.reshape([-1])));
+        for (token, k) in (0..grid.0 * grid.1).flat_map(|token| (0..head_dim).map(move |k| (token, k))) {
+            let at = |place: usize, size: usize| 2.0 * (place as f64 + 0.5) / size as f64 - 1.0;
+            let by_row = k % 6 < 3;
+            let coordinate = if by_row { at(token / grid.1, grid.0) } else { at(token % grid.1, grid.1) };
+            let angle = std::f64::consts::TAU * coordinate / base.powf((k % 3) as f64 / 3.0);
+            let found = (prefix + token) * head_dim + k;
+            let off = (f64::from(cos[found]) - angle.cos()).abs().max((f64::from(sin[found]) - angle.sin()).abs());
+            assert!(off < 1e-6, "{grid:?}, patch {token}, coordinate {k}: off by {off}");
+            cases += 1;
+        }
+    }
+    assert_eq!(cases, head_dim * (1 + 5 + 5 + 6 + 6 + 16));
+}
+
+/// `x · (1 + erf(x/√2)) / 2`, by the series of erf.
+fn gelu(x: f64) -> f64 {
+    let z = x / std::f64::consts::SQRT_2;
+    let (mut term, mut sum) = (z, z);
+    for n in 1..60 {
+        term *= -z * z / n as f64;
+        sum += term / (2 * n + 1) as f64;
+    }
+    0.5 * x * (1.0 + sum * std::f64::consts::FRAC_2_SQRT_PI)
+}
+
+#[test]
+fn heads_equal_loops_over_layers_and_prototypes() {
+    let (rows, dim) = (4, 7);
+    let mut cases = 0;
+    for norm in [HeadNorm::None, HeadNorm::Weight, HeadNorm::WeightFixed] {
+        for layers in [1, 2, 3] {
+            let config = HeadConfig {
+                prototypes: 6,
+                bottleneck_dim: 3,
+                hidden_dim: 5,
+                layers,
+                norm,
+                patch_prototypes: Some(2),
+                ..HeadConfig::default()
+            };
+            let head = ProjectionHead::new(dim, &config, &Device::flex(), &mut ChaCha8Rng::seed_from_u64(6));
+            let mut seed = 10;
+            let head = parameters::replace(head, |_, weight| {
+                seed += 1;
+                noise(weight.dims(), seed)
+            });
+            let shapes = parameters::shapes(&head).into_iter().collect::<std::collections::BTreeMap<_, _>>();
+            let values = parameters::values(&head);
+            // Rows of a matrix by name.
+            let matrix = |name: &str| -> Vec<Vec<f64>> {
+                let values = host(values[name].clone()).into_iter().map(f64::from).collect::<Vec<_>>();
+                values.chunks_exact(shapes[name][1]).map(<[f64]>::to_vec).collect()
+            };
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            let x = noise([rows, dim], 7);
+            let found = [head.forward(x.clone()), head.forward_patches(x.clone())].map(|y| host(y.reshape([-1])));
+            for (row, x) in host(x.reshape([-1])).chunks_exact(dim).enumerate() {
+                let mut y: Vec<f64> = x.iter().map(|&v| f64::from(v)).collect();
+                for layer in 0..layers {
+                    let bias = host(values[&format!("mlp.{}.bias", 2 * layer)].clone());
+                    let weight = matrix(&format!("mlp.{}.weight", 2 * layer));
+                    y = weight.iter().zip(bias).map(|(w, b)| dot(w, &y) + f64::from(b)).collect();
+                    if layer + 1 < layers {
+                        y.iter_mut().for_each(|v| *v = gelu(*v));
+                    }
+                }
+                let length = dot(&y, &y).sqrt();
+                for (name, found) in ["last_layer", "last_layer2"].into_iter().zip(&found) {
+                    let vectors = match norm {
+                        HeadNorm::None => matrix(&format!("{name}.weight")),
+                        _ => {
+                            let magnitudes = matrix(&format!("{name}.weight_g"));
+                            let directions = matrix(&format!("{name}.weight_v"));
+                            let scaled = directions.iter().zip(magnitudes).map(|(v, g)| {
+                                let length = dot(v, v).sqrt();
+                                v.iter().map(|v| g[0] * v / length).collect()
+                            });
+                            scaled.collect()
+                        }
+                    };
+                    for (k, vector) in vectors.iter().enumerate() {
+                        let expected = dot(vector, &y) / length;
+                        let found = f64::from(found[row * vectors.len() + k]);
+                        assert!((found - expected).abs() < 2e-6, "{norm:?}, {layers} layers: {found} and {expected}");
+                        cases += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert_eq!(cases, 3 * 3 * rows * (6 + 2));
 }
