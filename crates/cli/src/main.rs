@@ -8,9 +8,12 @@ mod table;
 mod terminal;
 mod train;
 
+use std::io::ErrorKind;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use dinoxide_data::DataError;
+use dinoxide_model::weights::WeightError;
 
 /// Tensors of a step are allocated and freed by the thousand; giving their memory back to the system and asking for it
 /// again costs more than the work on the small ones.
@@ -57,6 +60,15 @@ impl std::fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
+/// Whether what was asked for is at fault: wrong arguments or configuration, among them paths that lead nowhere.
+fn is_usage(error: &anyhow::Error) -> bool {
+    let leads_nowhere =
+        |error: &WeightError| matches!(error, WeightError::Io { source, .. } if source.kind() == ErrorKind::NotFound);
+    error.is::<Usage>()
+        || error.downcast_ref::<DataError>().is_some_and(DataError::is_usage)
+        || error.downcast_ref::<WeightError>().is_some_and(leads_nowhere)
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     // Parallel operations started from inside the pool need no waking of another thread and no waiting for it.
@@ -70,7 +82,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             terminal::error(&error);
-            ExitCode::from(if error.is::<Usage>() { exit::USAGE } else { exit::FAILURE })
+            ExitCode::from(if is_usage(&error) { exit::USAGE } else { exit::FAILURE })
         }
     }
 }

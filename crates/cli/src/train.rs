@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use dinoxide_config::Resolved;
-use dinoxide_trainer::run::{Event, Outcome};
+use dinoxide_trainer::run::{Event, Outcome, SOFTWARE};
 use dinoxide_trainer::{Recipe, train};
 
 use crate::table::{bytes, count, duration};
@@ -132,12 +132,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut screen = Screen {
         log: Log::new(None)?,
         recipe: &recipe.value,
+        source: &recipe.source,
         directory: &directory,
         last_line: None,
         steps: 0,
         evaluating: false,
     };
-    screen.log.line(&format!("recipe     {}", recipe.source));
+    screen.log.line(&screen.recipe_line());
     let outcome = train(&recipe, &directory, &device, &stop, &mut |event| screen.show(event));
     screen.log.clear();
     let outcome = outcome.map_err(|error| {
@@ -159,6 +160,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 struct Screen<'a> {
     log: Log,
     recipe: &'a Recipe,
+    /// Where the recipe is from.
+    source: &'a str,
     directory: &'a Path,
     last_line: Option<Instant>,
     steps: u64,
@@ -171,11 +174,18 @@ const EVALUATING: &str = "{bar:28} k-NN {pos}/{len} images";
 const LINE_EVERY: f64 = 10.0;
 
 impl Screen<'_> {
+    fn recipe_line(&self) -> String {
+        format!("recipe     {}", self.source)
+    }
+
     fn show(&mut self, event: Event<'_>) {
         match event {
             Event::Started { plan, backbone_parameters, head_parameters, classes, resumed, monitored } => {
                 if let Ok(log) = Log::new(Some(&self.directory.join("log.txt"))) {
                     self.log = log;
+                    // It was shown before there was a run directory.
+                    let line = self.recipe_line();
+                    self.log.keep(&line);
                 }
                 let recipe = self.recipe;
                 let backbone = &plan.backbone;
@@ -187,6 +197,7 @@ impl Screen<'_> {
                 };
                 let lines = [
                     format!("run        {}", self.directory.display()),
+                    format!("software   {SOFTWARE}, device {}, seed {}", recipe.run.device, recipe.train.seed),
                     format!("images     {} in {}, {classes}", count(plan.samples as u64), recipe.data.source),
                     format!(
                         "backbone   ViT {} wide, {} deep, {} heads, patch {}: {:.1} M parameters, heads {:.1} M",
@@ -235,6 +246,9 @@ impl Screen<'_> {
             Event::BadImage(rejected) => {
                 self.log.line(&format!("warning: {}: {}; another image takes its place", rejected.id, rejected.reason));
             }
+            Event::BadEvalImage(rejected) => {
+                self.log.line(&format!("warning: {}: {}; left out of k-NN", rejected.id, rejected.reason));
+            }
             Event::Step { report, images_per_second, data_wait, memory_bytes, logged } => {
                 let step = report.at.step + 1;
                 let steps = self.steps;
@@ -281,6 +295,11 @@ impl Screen<'_> {
                     finding.effective_rank,
                     finding.embed_dim
                 ));
+                self.log.bar(self.steps, step, TRAINING);
+            }
+            Event::EvaluationFailed { step, error } => {
+                self.evaluating = false;
+                self.log.line(&format!("warning: k-NN could not be measured after {} steps: {error}", count(step)));
                 self.log.bar(self.steps, step, TRAINING);
             }
             Event::Checkpoint(path) => self.log.keep(&format!("checkpoint {}", path.display())),

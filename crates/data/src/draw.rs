@@ -94,7 +94,9 @@ impl SampleReader {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BadImages {
-    /// Every image was looked at this often, counting repeats.
+    /// Positions recorded. From the length of the source on, each of its images has been tried.
+    positions: u64,
+    /// Images tried, counting repeats.
     reads: u64,
     /// Each once, in the order in which they were met.
     list: Vec<Rejected>,
@@ -110,6 +112,7 @@ impl BadImages {
 
     /// Takes in what a position came to. Positions are to be recorded in order.
     pub fn record(&mut self, drawn: &Drawn) {
+        self.positions += 1;
         self.reads += 1 + drawn.rejected.len() as u64;
         for rejected in &drawn.rejected {
             if self.known.insert(rejected.index) {
@@ -125,18 +128,20 @@ impl BadImages {
 
     /// Stops a run whose data is not what its owner thinks it is.
     ///
-    /// The share is the number of different bad images over the number of different images read, which is the smaller of
-    /// the number of reads and `len`, the length of the source. It is exact, and compared as it is, once all images were
-    /// read. Before that it is an estimate: it stops a run when at least ten are bad, and more than `m + 4·√m`, with
-    /// `m = max_share · reads`, so that bad luck does not. A single bad image never stops a run, not even one of three.
+    /// Once as many positions were recorded as the source has images, each image has been tried: the share is the number
+    /// of different bad images over `len`, and is compared as it is. Before that, it is an estimate: the number of
+    /// different bad images over the number of reads, which counts an image again when it has stood in for a bad one. It
+    /// stops a run when at least ten are bad, and more than `m + 4·√m`, with `m = max_share · reads`, so that bad luck does
+    /// not. A single bad image never stops a run, not even one of three.
     ///
     /// # Errors
     /// [`DataError::TooManyBad`] when the share is above `max_share`.
     pub fn check(&self, len: usize, max_share: f64) -> Result<(), DataError> {
-        let seen = self.reads.min(len as u64);
+        let all_tried = self.positions >= len as u64;
+        let seen = if all_tried { len as u64 } else { self.reads.min(len as u64) };
         let allowed = max_share * seen as f64;
         let bad = self.list.len();
-        let too_many = if self.reads >= len as u64 {
+        let too_many = if all_tried {
             bad >= 2 && bad as f64 > allowed
         } else {
             bad >= Self::ENOUGH && bad as f64 > allowed + Self::MARGIN * allowed.sqrt()
@@ -256,6 +261,18 @@ mod tests {
         let (_, outcome, ledger) = run(30, |index| index < 2, 4, 0.1);
         outcome.unwrap();
         assert_eq!(ledger.list().len(), 2);
+    }
+
+    /// With nearly half of them bad, as many reads as there are images are over long before every image was tried.
+    #[test]
+    fn the_share_is_exact_only_when_every_image_was_tried() {
+        let len = 20;
+        let (position, outcome, ledger) = run(len, |index| index < 9, 2, 0.4);
+        assert!(matches!(outcome, Err(DataError::TooManyBad { seen: 20, .. })), "{outcome:?}");
+        assert_eq!((position, ledger.list().len()), (len as u64 - 1, 9));
+        let (_, outcome, ledger) = run(len, |index| index < 9, 2, 0.45);
+        outcome.unwrap();
+        assert_eq!(ledger.list().len(), 9);
     }
 
     #[test]

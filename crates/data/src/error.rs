@@ -121,6 +121,22 @@ pub enum DataError {
     },
 }
 
+impl DataError {
+    /// Whether what was asked for is at fault (a path that leads to no images, a spec or a value that is none) rather than
+    /// the images or the system.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::MissingFolder { .. }
+            | Self::NotAFolder { .. }
+            | Self::NoImages { .. }
+            | Self::UnknownKey { .. }
+            | Self::BadSpec { .. }
+            | Self::Config { .. } => true,
+            Self::Unreadable { .. } | Self::NothingReadable { .. } | Self::TooManyBad { .. } => false,
+        }
+    }
+}
+
 fn paragraph(hint: &Option<String>) -> String {
     hint.as_ref().map_or(String::new(), |text| format!("\n\nhint: {text}"))
 }
@@ -133,8 +149,8 @@ fn listing(extensions: &[(String, usize)]) -> String {
     format!(" ({})", list.join(", "))
 }
 
-/// The first five, a line each, and how many more there are.
-fn first_of(rejected: &[Rejected]) -> String {
+/// The first five, a line each, and how many more there are: what a message shows of a list.
+pub fn first_of(rejected: &[Rejected]) -> String {
     const SHOWN: usize = 5;
     let mut text = String::new();
     for one in rejected.iter().take(SHOWN) {

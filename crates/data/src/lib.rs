@@ -21,7 +21,7 @@ mod synthetic;
 pub use config::DataConfig;
 pub use decode::{DecodeError, DecodeLimits, decode, decode_file};
 pub use draw::{BadImages, Drawn, Rejected, SampleReader};
-pub use error::{DataError, ReadError};
+pub use error::{DataError, ReadError, first_of};
 pub use folder::FolderSource;
 pub use loader::{Loader, LoaderError};
 pub use order::SampleOrder;

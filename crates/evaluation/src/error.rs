@@ -1,5 +1,6 @@
 //! The crate's error type.
 
+use dinoxide_data::{Rejected, first_of};
 use thiserror::Error;
 
 /// What can be wrong with the inputs of an evaluation, or go wrong during one.
@@ -13,6 +14,12 @@ pub enum EvaluationError {
     Extraction {
         /// Why.
         message: String,
+    },
+    /// Nothing to extract features from.
+    #[error("features: none of the {} image(s) can be read{}", rejected.len(), first_of(rejected))]
+    NothingReadable {
+        /// The images.
+        rejected: Vec<Rejected>,
     },
     /// Images without classes where classes are scored.
     #[error(

@@ -124,7 +124,7 @@ pub fn extract(
         progress(rows.len() + rejected.len());
     }
     if rows.is_empty() {
-        return Err(extraction(format!("none of the {} images could be read", indices.len())));
+        return Err(EvaluationError::NothingReadable { rejected });
     }
     let features = |values: Vec<f32>| Features::new(rows.len(), dim, values);
     Ok(Extracted {

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 struct Case {
     file: String,
     name: String,
+    deviation: f64,
+    tolerance: f64,
     /// Deviation over tolerance.
     ratio: f64,
 }
@@ -25,6 +27,10 @@ pub struct FileSummary {
     pub cases: usize,
     /// The largest deviation over tolerance.
     pub worst: f64,
+    /// The deviation there.
+    pub deviation: f64,
+    /// The tolerance there.
+    pub tolerance: f64,
     /// Where that was.
     pub worst_case: String,
 }
@@ -38,7 +44,7 @@ impl Report {
             self.failures.push(format!("{file}: {name}: off by {deviation:.3e}, allowed are {tolerance:.3e}"));
         }
         let ratio = if ratio.is_nan() { f64::INFINITY } else { ratio };
-        self.cases.push(Case { file: file.to_owned(), name: name.to_owned(), ratio });
+        self.cases.push(Case { file: file.to_owned(), name: name.to_owned(), deviation, tolerance, ratio });
     }
 
     /// Records something that is wrong beside the values: a shape, a missing tensor, a panic.
@@ -72,13 +78,15 @@ impl Report {
         for case in &self.cases {
             let file = files.entry(&case.file).or_insert_with(|| FileSummary {
                 cases: 0,
-                worst: case.ratio,
-                worst_case: case.name.clone(),
+                worst: f64::NEG_INFINITY,
+                deviation: case.deviation,
+                tolerance: case.tolerance,
+                worst_case: String::new(),
             });
             file.cases += 1;
             if case.ratio > file.worst {
-                file.worst = case.ratio;
-                file.worst_case.clone_from(&case.name);
+                let Case { deviation, tolerance, ratio, name, .. } = case.clone();
+                *file = FileSummary { cases: file.cases, worst: ratio, deviation, tolerance, worst_case: name };
             }
         }
         files

@@ -4,7 +4,7 @@
 //! `manifest.json` (counters, the list of unreadable images, the state file's length and CRC-32). The folder is written
 //! under another name, synced and renamed. Loading takes the newest one that is whole.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -34,6 +34,9 @@ pub struct Progress {
     pub first_knn: Option<f64>,
     /// Images that could not be read so far.
     pub bad_images: BadImages,
+    /// Images that evaluations could not read so far, by path.
+    #[serde(default)]
+    pub bad_eval_images: BTreeSet<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -178,14 +181,22 @@ pub struct Loaded {
 
 /// Puts the newest whole checkpoint of `folder` into `state`. `None` if there is no checkpoint at all.
 ///
+/// Only a checkpoint whose content proves that it is damaged is passed over (a file that is missing or cut short, a
+/// checksum that does not fit): the run would go on to replace it.
+///
 /// # Errors
-/// If there are checkpoints and none of them is whole.
+/// If there are checkpoints and none of them is whole; if a file is there and the system does not let it be read; if a
+/// whole checkpoint is not of this recipe.
 pub fn load_newest(folder: &Path, state: &mut TrainState, device: &Device) -> Result<Option<Loaded>, TrainError> {
     let mut damaged = Vec::new();
     for (_, path) in list(folder)?.into_iter().rev() {
-        match read(&path).and_then(|(manifest, file)| put(state, &manifest, file, device).map(|()| manifest.progress)) {
-            Ok(progress) => return Ok(Some(Loaded { progress, damaged })),
-            Err(reason) => damaged.push((path, reason)),
+        match read(&path) {
+            Ok((manifest, file)) => {
+                put(state, &manifest, file, device).map_err(|reason| TrainError::NotResumable { path, reason })?;
+                return Ok(Some(Loaded { progress: manifest.progress, damaged }));
+            }
+            Err(Fault::Damaged(reason)) => damaged.push((path, reason)),
+            Err(Fault::Unreadable(path, source)) => return Err(TrainError::UnreadableCheckpoint { path, source }),
         }
     }
     if damaged.is_empty() {
@@ -196,20 +207,38 @@ pub fn load_newest(folder: &Path, state: &mut TrainState, device: &Device) -> Re
     Err(TrainError::NotResumable { path: folder.to_owned(), reason })
 }
 
-fn read(path: &Path) -> Result<(Manifest, WeightFile), String> {
-    let manifest = fs::read(path.join("manifest.json")).map_err(|e| format!("`manifest.json`: {e}"))?;
-    let manifest: Manifest = serde_json::from_slice(&manifest).map_err(|e| format!("`manifest.json`: {e}"))?;
-    let file = path.join("state.safetensors");
-    let bytes = fs::read(&file).map_err(|e| format!("`state.safetensors`: {e}"))?;
+/// Why a checkpoint cannot be had.
+enum Fault {
+    /// Its content is not what was written.
+    Damaged(String),
+    /// The system does not let this file be read, which says nothing about its content.
+    Unreadable(PathBuf, std::io::Error),
+}
+
+fn read(path: &Path) -> Result<(Manifest, WeightFile), Fault> {
+    let bytes = |name: &str| {
+        let path = path.join(name);
+        fs::read(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Fault::Damaged(format!("`{name}` is missing")),
+            _ => Fault::Unreadable(path, error),
+        })
+    };
+    let manifest = bytes("manifest.json")?;
+    let manifest: Manifest =
+        serde_json::from_slice(&manifest).map_err(|e| Fault::Damaged(format!("`manifest.json`: {e}")))?;
+    let bytes = bytes("state.safetensors")?;
+    let damaged = |what: String| Err(Fault::Damaged(format!("`state.safetensors` {what}")));
     if bytes.len() as u64 != manifest.bytes {
-        return Err(format!("`state.safetensors` has {} bytes, {} were written", bytes.len(), manifest.bytes));
+        return damaged(format!("has {} bytes, {} were written", bytes.len(), manifest.bytes));
     }
     let crc32 = crc32fast::hash(&bytes);
     if crc32 != manifest.crc32 {
-        return Err(format!("`state.safetensors` has checksum {crc32:08x}, {:08x} was written", manifest.crc32));
+        return damaged(format!("has checksum {crc32:08x}, {:08x} was written", manifest.crc32));
     }
-    let file = WeightFile::from_bytes(&bytes).map_err(|reason| format!("`state.safetensors`: {reason}"))?;
-    Ok((manifest, file))
+    match WeightFile::from_bytes(&bytes) {
+        Ok(file) => Ok((manifest, file)),
+        Err(reason) => damaged(format!("is not a readable safetensors file: {reason}")),
+    }
 }
 
 /// Puts tensors into a state of the same shape. On an error the state is unchanged.
@@ -296,6 +325,46 @@ mod tests {
         // Stopped before it came to step 12 again.
         save_at(folder, 10, 1);
         assert_eq!(steps(folder), [10]);
+    }
+
+    /// A folder in the place of a file stands for every error of the system but that there is no such file.
+    #[test]
+    fn a_checkpoint_that_cannot_be_read_is_an_error_and_not_passed_over() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let folder = folder.path();
+        for step in [4, 8] {
+            save_at(folder, step, 3);
+        }
+        let mut cases = 0;
+        for file in ["state.safetensors", "manifest.json"] {
+            let path = folder.join(name(8)).join(file);
+            let whole = fs::read(&path).expect("bytes");
+            fs::remove_file(&path).expect("removed");
+            let loaded = load_newest(folder, &mut state(), &Device::flex()).expect("4 is whole").expect("a checkpoint");
+            assert_eq!((loaded.progress.step, loaded.damaged[0].1.clone()), (4, format!("`{file}` is missing")));
+            fs::create_dir(&path).expect("a folder");
+            let error = load_newest(folder, &mut state(), &Device::flex()).expect_err("unreadable").to_string();
+            assert!(error.starts_with(&format!("{}: ", path.display())), "{error}");
+            assert!(error.ends_with(&format!("remove `{}`", folder.join(name(8)).display())), "{error}");
+            fs::remove_dir(&path).expect("removed");
+            fs::write(&path, whole).expect("written");
+            cases += 1;
+        }
+        assert_eq!(cases, 2);
+        assert_eq!(steps(folder), [4, 8]);
+    }
+
+    #[test]
+    fn a_whole_checkpoint_of_another_network_is_an_error_and_not_damage() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let folder = folder.path();
+        let mut other = state();
+        other.cls_center.value = Tensor::zeros([1, 6], &Device::flex());
+        // The one before it would fit.
+        save(folder, &other, &Progress { step: 4, ..Progress::default() }, 3).expect("a checkpoint");
+        save_at(folder, 8, 3);
+        let error = load_newest(folder, &mut other, &Device::flex()).expect_err("another shape").to_string();
+        assert!(error.ends_with("step-000008: `dino_loss.center` is [5], the recipe's is [6]"), "{error}");
     }
 
     #[test]

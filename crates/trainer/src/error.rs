@@ -37,6 +37,17 @@ pub enum TrainError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A checkpoint that may be whole, but that the system does not let us read.
+    #[error(
+        "{}: {source}\n\nhint: make it readable; to go on from the checkpoint before it, remove `{}`",
+        path.display(), path.parent().unwrap_or(path).display()
+    )]
+    UnreadableCheckpoint {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A run directory that belongs to another configuration.
     #[error(
         "{}: this run was started with another configuration\n{differences}\n\nhint: give the new run another directory \
@@ -69,9 +80,7 @@ impl TrainError {
     pub fn is_usage(&self) -> bool {
         match self {
             Self::Recipe(_) | Self::OtherConfig { .. } => true,
-            Self::Data(error) => {
-                matches!(error, DataError::Config { .. } | DataError::BadSpec { .. } | DataError::UnknownKey { .. })
-            }
+            Self::Data(error) => error.is_usage(),
             _ => false,
         }
     }

@@ -79,18 +79,24 @@ pub enum Line {
         /// Resident memory of the process now, in bytes.
         memory_bytes: u64,
     },
-    /// What the teacher's targets look like at a step.
+    /// What the teacher's targets look like at a step, and what does not work.
     Health {
         /// Steps taken.
         step: u64,
         /// Images seen.
         images: u64,
-        /// Entropy of the targets, in nats.
-        target_entropy: TargetEntropy,
+        /// Entropy of the targets of CLS tokens, in nats; `null` without a DINO loss, and on a line that is there for
+        /// `evaluation_error`.
+        target_entropy: Option<TargetEntropy>,
         /// ln K, the ceiling of both.
         ln_prototypes: f64,
         /// Images that could not be read so far.
         bad_images: usize,
+        /// Images that evaluations could not read so far.
+        #[serde(default)]
+        bad_eval_images: usize,
+        /// Why the evaluation at this step failed.
+        evaluation_error: Option<String>,
     },
     /// An evaluation of the teacher.
     Eval {
@@ -157,7 +163,9 @@ impl MetricsFile {
                 let known = serde_json::from_str::<Line>(&line);
                 let is_kept = |known: &Line| match known {
                     Line::End { .. } => false,
-                    Line::Eval { .. } if evaluates_again => known.step() < step,
+                    Line::Eval { .. } | Line::Health { evaluation_error: Some(_), .. } if evaluates_again => {
+                        known.step() < step
+                    }
                     _ => known.step() <= step,
                 };
                 if known.as_ref().is_ok_and(is_kept) {
@@ -194,9 +202,11 @@ mod tests {
         let health = |step| Line::Health {
             step,
             images: step,
-            target_entropy: TargetEntropy { conditional: 1.0, marginal: 2.0 },
+            target_entropy: Some(TargetEntropy { conditional: 1.0, marginal: 2.0 }),
             ln_prototypes: 3.0,
             bad_images: 0,
+            bad_eval_images: 0,
+            evaluation_error: None,
         };
         let mut file = MetricsFile::open(&path, 0, true).expect("a file");
         for step in [1, 2, 3] {
@@ -217,9 +227,18 @@ mod tests {
             let knn = knn.clone();
             Line::Eval { step, images: step, seconds: 1.5, knn, effective_rank: 2.5, embed_dim: 3 }
         };
+        let failed = Line::Health {
+            step: 8,
+            images: 8,
+            target_entropy: None,
+            ln_prototypes: 3.0,
+            bad_images: 0,
+            bad_eval_images: 2,
+            evaluation_error: Some("nothing to read".into()),
+        };
         let mut file = MetricsFile::open(&path, 0, true).expect("a file");
-        for step in [0, 4, 8] {
-            file.write(&line(step)).expect("written");
+        for line in [line(0), line(4), failed] {
+            file.write(&line).expect("written");
         }
         drop(MetricsFile::open(&path, 8, false).expect("a file"));
         assert_eq!(steps(&path), [0, 4, 8]);

@@ -1,11 +1,12 @@
 //! k-NN during training: what the teacher's features are worth, on images whose classes are known.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::Device;
 use dinoxide_augmentation::AugmentationConfig;
-use dinoxide_data::{DecodeLimits, Source, open};
+use dinoxide_data::{DecodeLimits, Rejected, Source, open};
 use dinoxide_evaluation::{EvaluationError, Extraction, FeatureSource, KnnConfig, Token, extract, knn, spectrum};
 use dinoxide_model::Vit;
 
@@ -21,7 +22,10 @@ pub struct Monitor {
     val_indices: Vec<usize>,
     extraction: Extraction,
     config: EvalConfig,
+    /// What a report calls the two sets.
     names: (String, String),
+    /// Where their images are.
+    specs: (String, String),
 }
 
 /// What a [`Monitor`] found.
@@ -123,7 +127,9 @@ impl Monitor {
         let size = recipe.eval_size();
         let extraction = Extraction { resize_px: size, crop_px: size, mean, std, last_blocks: 1, batch: BATCH };
         let config = config.clone();
-        Ok(Some(Self { train, val, train_indices, val_indices, extraction, config, names: (train_name, val_name) }))
+        let val_spec = if config.val.is_empty() { train_name.clone() } else { config.val.clone() };
+        let (names, specs) = ((train_name.clone(), val_name), (train_name, val_spec));
+        Ok(Some(Self { train, val, train_indices, val_indices, extraction, config, names, specs }))
     }
 
     /// Images that each evaluation runs the backbone on.
@@ -131,20 +137,31 @@ impl Monitor {
         self.train_indices.len() + self.val_indices.len()
     }
 
-    /// Evaluates a backbone. `progress` is called with the number of images done.
+    /// Evaluates a backbone. `progress` is called with the number of images done; images that cannot be read are left out
+    /// and added to `rejected`, each under its path.
     ///
     /// # Errors
-    /// Features that are not finite, or no readable image.
+    /// Features that are not finite, or too few readable images.
     pub fn run(
         &self,
         backbone: &Vit,
         device: &Device,
         progress: &mut dyn FnMut(usize),
+        rejected: &mut Vec<Rejected>,
     ) -> Result<Finding, EvaluationError> {
-        let train = extract(backbone, &*self.train, &self.train_indices, &self.extraction, device, progress)?;
-        let done = self.train_indices.len();
-        let val =
-            extract(backbone, &*self.val, &self.val_indices, &self.extraction, device, &mut |n| progress(done + n))?;
+        let mut features = |source: &dyn Source, indices: &[usize], spec: &str, done: usize| {
+            let found = extract(backbone, source, indices, &self.extraction, device, &mut |n| progress(done + n));
+            let bad = match &found {
+                Ok(found) => &found.rejected[..],
+                Err(EvaluationError::NothingReadable { rejected }) => rejected,
+                Err(_) => &[],
+            };
+            let path = |id: &str| Path::new(spec).join(id).display().to_string();
+            rejected.extend(bad.iter().map(|one| Rejected { id: path(&one.id), ..one.clone() }));
+            found
+        };
+        let train = features(&*self.train, &self.train_indices, &self.specs.0, 0)?;
+        let val = features(&*self.val, &self.val_indices, &self.specs.1, self.train_indices.len())?;
         let source = FeatureSource {
             backbone: "teacher".into(),
             train_data: self.names.0.clone(),

@@ -18,6 +18,7 @@ use burn::tensor::Device;
 use dinoxide_augmentation::{Crops, MultiCrop, batch_masks};
 use dinoxide_config::{Resolved, difference};
 use dinoxide_data::{DataError, Drawn, Loader, Rejected, SampleReader, Source};
+use dinoxide_evaluation::EvaluationError;
 use dinoxide_model::StochasticDraws;
 use dinoxide_model::weights::{Description, Provenance, backbone_file, write_atomically};
 use dinoxide_random::{Purpose, epoch_view, stream};
@@ -29,6 +30,9 @@ use crate::metrics::{Line, LossLine, MetricsFile, ScheduleLine};
 use crate::monitor::{Finding, Monitor};
 use crate::recipe::{Plan, Recipe};
 use crate::step::{StepDraws, StepReport, TrainState, train_step};
+
+/// What made a run, in its log and its weight files.
+pub const SOFTWARE: &str = concat!("dinoxide ", env!("CARGO_PKG_VERSION"));
 
 /// What a run tells whoever watches it.
 pub enum Event<'a> {
@@ -56,6 +60,8 @@ pub enum Event<'a> {
     },
     /// An image could not be read and was replaced by another.
     BadImage(&'a Rejected),
+    /// An image could not be read and was left out of an evaluation; each is shown once.
+    BadEvalImage(&'a Rejected),
     /// A step was taken.
     Step {
         /// What it did.
@@ -83,6 +89,13 @@ pub enum Event<'a> {
         /// What it found.
         finding: &'a Finding,
     },
+    /// An evaluation after the first step failed; the run goes on.
+    EvaluationFailed {
+        /// Steps taken.
+        step: u64,
+        /// Why.
+        error: &'a EvaluationError,
+    },
     /// A checkpoint was written.
     Checkpoint(&'a Path),
 }
@@ -100,7 +113,7 @@ pub struct Outcome {
     pub seconds: f64,
     /// k-NN accuracy before training, in percent.
     pub first_knn: Option<f64>,
-    /// The last evaluation.
+    /// The evaluation after the last step; `None` if it failed.
     pub last: Option<Finding>,
     /// The exported teacher.
     pub teacher: PathBuf,
@@ -380,9 +393,15 @@ impl<'a> Run<'a> {
             step,
             images,
             target_entropy: report.target_entropy,
-            ln_prototypes: (self.config.dino_head.prototypes as f64).ln(),
+            ln_prototypes: self.ln_prototypes(),
             bad_images: self.progress.bad_images.list().len(),
+            bad_eval_images: self.progress.bad_eval_images.len(),
+            evaluation_error: None,
         })
+    }
+
+    fn ln_prototypes(&self) -> f64 {
+        (self.config.dino_head.prototypes as f64).ln()
     }
 
     /// Workers that read and augment the samples of this and later steps.
@@ -438,13 +457,41 @@ impl<'a> Run<'a> {
             .collect()
     }
 
+    /// Evaluates the teacher. `None` if nothing is to be evaluated, or if that failed after the first step: hours of
+    /// training are not given up for a folder that has vanished meanwhile. Before the first step it is an error.
     fn evaluate(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<Option<Finding>, TrainError> {
         let Some(monitor) = &self.monitor else { return Ok(None) };
         let of = monitor.images();
         let mut progress = |done| watch(Event::Evaluating { done, of });
         let since = Instant::now();
-        let finding = monitor.run(&self.state.teacher.backbone, self.device, &mut progress)?;
+        let mut rejected = Vec::new();
+        let outcome = monitor.run(&self.state.teacher.backbone, self.device, &mut progress, &mut rejected);
         self.clock.evaluating += since.elapsed().as_secs_f64();
+        for image in &rejected {
+            if self.progress.bad_eval_images.insert(image.id.clone()) {
+                watch(Event::BadEvalImage(image));
+            }
+        }
+        // What an earlier evaluation found is not what this one would have.
+        self.last = None;
+        let finding = match outcome {
+            Ok(finding) => finding,
+            Err(error) if self.progress.step == 0 => return Err(error.into()),
+            Err(error) => {
+                let step = self.progress.step;
+                self.metrics.write(&Line::Health {
+                    step,
+                    images: self.progress.images,
+                    target_entropy: None,
+                    ln_prototypes: self.ln_prototypes(),
+                    bad_images: self.progress.bad_images.list().len(),
+                    bad_eval_images: self.progress.bad_eval_images.len(),
+                    evaluation_error: Some(error.to_string()),
+                })?;
+                watch(Event::EvaluationFailed { step, error: &error });
+                return Ok(None);
+            }
+        };
         self.metrics.write(&Line::Eval {
             step: self.progress.step,
             images: self.progress.images,
@@ -481,7 +528,7 @@ impl<'a> Run<'a> {
                 steps: self.progress.step,
                 images: self.progress.images,
                 data: config.data.source.clone(),
-                software: concat!("dinoxide ", env!("CARGO_PKG_VERSION")).into(),
+                software: SOFTWARE.into(),
             },
         };
         let path = self.directory.join("teacher.safetensors");

@@ -38,9 +38,10 @@ pub enum CenterOver {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossConfig {
-    /// Weight of the DINO loss; within it every (student crop, teacher crop) pair counts the same.
+    /// Weight of the DINO loss; within it every (student crop, teacher crop) pair counts the same. 0 leaves out the CLS
+    /// tokens' heads and targets, and the local crops.
     pub dino_weight: f64,
-    /// Further factor of the pairs with local crops.
+    /// Further factor of the pairs with local crops; 0 leaves out the local crops.
     pub local_weight: f64,
     /// Leaves out the pairs of a global crop with itself.
     pub ignore_diagonal: bool,
@@ -58,6 +59,13 @@ pub struct LossConfig {
     pub center_momentum: f64,
     /// What the center of patch logits is the mean of.
     pub patch_center: CenterOver,
+}
+
+impl LossConfig {
+    /// The local crops of a batch, if a loss looks at them.
+    fn local_crops(&self, batch: &Batch) -> Option<Tensor<5>> {
+        batch.local.clone().filter(|_| self.dino_weight > 0.0 && self.local_weight > 0.0)
+    }
 }
 
 impl Default for LossConfig {
@@ -157,8 +165,8 @@ pub struct StepReport {
     pub losses: LossValues,
     /// Gradient norms before clipping, by submodule.
     pub gradient_norms: BTreeMap<&'static str, f64>,
-    /// The teacher's CLS targets.
-    pub target_entropy: TargetEntropy,
+    /// The teacher's CLS targets; `None` when the recipe has no DINO loss.
+    pub target_entropy: Option<TargetEntropy>,
     /// The schedule's values.
     pub at: Scheduled,
 }
@@ -186,9 +194,9 @@ pub enum StepError {
 
 /// Targets of one micro-batch. Plain.
 struct Targets {
-    /// `[2, B, K]`.
-    cls: Tensor<3>,
-    /// `[M, K']`.
+    /// `[2, B, K]`, with a DINO loss.
+    cls: Option<Tensor<3>>,
+    /// `[M, K']`, with an iBOT loss.
     patches: Option<Tensor<2>>,
 }
 
@@ -237,11 +245,11 @@ pub fn train_step(
     losses.total = total(&losses, config, batch);
 
     let norms = state.optimizer.norms(&gradients);
-    require_finite(state, batch, &losses, &norms, &at)?;
+    require_finite(state, batch, config, &losses, &norms, &at)?;
 
     state.student = state.optimizer.step(state.student.clone(), gradients, &norms, &at);
     state.teacher = ema(state.teacher.clone(), &state.student, at.teacher_momentum);
-    update_centers(state, &logits, config);
+    update_centers(state, &logits, &parts, config);
     state.step = at.step + 1;
     Ok(StepReport { losses, gradient_norms: norms, target_entropy, at })
 }
@@ -257,21 +265,21 @@ fn divide(batch: &Batch, parts: usize) -> Vec<Batch> {
 
 /// The teacher's logits on one micro-batch. Plain.
 struct TeacherLogits {
-    /// `[2B, K]`.
-    cls: Tensor<2>,
-    /// `[M, K']`, masked patches.
+    /// `[2B, K]`, with a DINO loss.
+    cls: Option<Tensor<2>>,
+    /// `[M, K']`, masked patches, with an iBOT loss.
     patches: Option<Tensor<2>>,
-    /// `[1, K']`, the mean over all patches, where a center asks for it.
+    /// `[1, K']`, the mean over all patches of the micro-batch, where a center asks for it.
     all_patches_mean: Option<Tensor<2>>,
 }
 
 fn teacher_logits(teacher: &Network, part: &Batch, config: &LossConfig) -> TeacherLogits {
     let features = teacher.features(part.global.clone(), None, CropGroup::Global, None);
-    let cls = teacher.dino_head.forward(features.cls);
+    let cls = (config.dino_weight > 0.0).then(|| teacher.dino_head.forward(features.cls));
     if config.ibot_weight == 0.0 {
         return TeacherLogits { cls, patches: None, all_patches_mean: None };
     }
-    let masks = DeviceMasks::new(&part.masks, &cls.device());
+    let masks = DeviceMasks::new(&part.masks, &part.global.device());
     let head = teacher.patch_head();
     let all_patches_mean =
         (config.patch_center == CenterOver::All && config.centering == Centering::Softmax).then(|| {
@@ -289,37 +297,35 @@ fn center(
     logits: &[TeacherLogits],
     config: &LossConfig,
     at: &Scheduled,
-) -> (Vec<Targets>, TargetEntropy) {
-    let targets = |all: Vec<Tensor<2>>, center: &Center, temperature: f64| {
-        let counts: Vec<usize> = all.iter().map(|t| t.dims()[0]).collect();
+) -> (Vec<Targets>, Option<TargetEntropy>) {
+    // The targets of all micro-batches as one tensor; `None` when the recipe leaves out the loss that they are for.
+    let targets = |logits: Vec<Option<Tensor<2>>>, center: &Center, temperature: f64| {
+        let all = logits.into_iter().collect::<Option<Vec<_>>>()?;
         let all = Tensor::cat(all, 0);
-        let all = match config.centering {
+        Some(match config.centering {
             Centering::Sinkhorn => sinkhorn_knopp(all, temperature, config.sinkhorn_iterations),
             Centering::Softmax => center.targets(all, temperature),
-        };
-        let mut first = 0;
-        let parts: Vec<Tensor<2>> = counts
-            .into_iter()
-            .map(|count| {
-                first += count;
-                all.clone().slice(s![first - count..first, ..])
-            })
-            .collect();
-        (parts, all)
+        })
     };
-    let (cls, all) = targets(logits.iter().map(|l| l.cls.clone()).collect(), &state.cls_center, at.teacher_temp);
-    let mut patches: Vec<Option<Tensor<2>>> = vec![None; logits.len()];
-    if config.ibot_weight > 0.0 {
-        let all = logits.iter().filter_map(|l| l.patches.clone()).collect();
-        let (parts, _) = targets(all, &state.patch_center, at.teacher_patch_temp);
-        patches = parts.into_iter().map(Some).collect();
-    }
-    let entropy = target_entropy(all);
-    let targets = cls.into_iter().zip(patches).map(|(cls, patches)| {
-        let [rows, prototypes] = cls.dims();
-        Targets { cls: cls.reshape([2, rows / 2, prototypes]), patches }
+    let cls = targets(logits.iter().map(|l| l.cls.clone()).collect(), &state.cls_center, at.teacher_temp);
+    let patches =
+        targets(logits.iter().map(|l| l.patches.clone()).collect(), &state.patch_center, at.teacher_patch_temp);
+    let (mut first_cls, mut first_patch) = (0, 0);
+    // The rows of a micro-batch among all.
+    let own = |all: &Option<Tensor<2>>, first: &mut usize, logits: &Option<Tensor<2>>| {
+        let (all, count) = (all.as_ref()?, logits.as_ref()?.dims()[0]);
+        *first += count;
+        Some(all.clone().slice(s![*first - count..*first, ..]))
+    };
+    let parts = logits.iter().map(|logits| {
+        let cls = own(&cls, &mut first_cls, &logits.cls).map(|targets| {
+            let [rows, prototypes] = targets.dims();
+            targets.reshape([2, rows / 2, prototypes])
+        });
+        Targets { cls, patches: own(&patches, &mut first_patch, &logits.patches) }
     });
-    (targets.collect(), entropy)
+    let parts = parts.collect();
+    (parts, cls.map(target_entropy))
 }
 
 fn target_entropy(targets: Tensor<2>) -> TargetEntropy {
@@ -355,24 +361,23 @@ fn student_losses(
     let device = part.global.device();
     let masks = (config.ibot_weight > 0.0).then(|| DeviceMasks::new(&part.masks, &device));
     let global = student_global(student, part, masks.as_ref(), &draws[0]);
-    let local =
-        part.local.clone().map(|crops| student.features(tracked(crops), None, CropGroup::Local, Some(&draws[1])));
 
-    let head = &student.dino_head;
     let mut terms = Terms { pairs: pairs(part, config), ..Terms::default() };
-    if config.dino_weight > 0.0 {
+    if let Some(targets) = &targets.cls {
+        let head = &student.dino_head;
         let vectors = head.last_layer.vectors();
         let bottleneck = head.bottleneck(global.cls.clone());
         terms.dino_global = Some(dino::global(
             bottleneck,
             vectors.clone(),
-            targets.cls.clone(),
+            targets.clone(),
             config.student_temp,
             config.ignore_diagonal,
         ));
-        if let Some(local) = local {
+        if let Some(crops) = config.local_crops(part) {
+            let local = student.features(tracked(crops), None, CropGroup::Local, Some(&draws[1]));
             let bottleneck = head.bottleneck(local.cls);
-            terms.dino_local = Some(dino::local(bottleneck, vectors, targets.cls.clone(), config.student_temp));
+            terms.dino_local = Some(dino::local(bottleneck, vectors, targets.clone(), config.student_temp));
         }
     }
     if let (Some(masks), Some(targets)) = (masks, &targets.patches) {
@@ -534,6 +539,7 @@ fn accumulate(gradients: &mut Gradients, student: &Network, objective: Option<Te
 fn require_finite(
     state: &TrainState,
     batch: &Batch,
+    config: &LossConfig,
     losses: &LossValues,
     norms: &BTreeMap<&'static str, f64>,
     at: &Scheduled,
@@ -542,15 +548,17 @@ fn require_finite(
     let norms = norms.iter().map(|(name, value)| (format!("the gradient norm of `{name}`"), *value));
     match losses.chain(norms).find(|(_, value)| !value.is_finite()) {
         None => Ok(()),
-        Some((what, value)) => Err(StepError::NotFinite { step: at.step, what, value, ids: suspects(state, batch) }),
+        Some((what, value)) => {
+            Err(StepError::NotFinite { step: at.step, what, value, ids: suspects(state, batch, config) })
+        }
     }
 }
 
 /// The samples whose own features are not finite; all samples when none stands out.
-fn suspects(state: &TrainState, batch: &Batch) -> Vec<String> {
+fn suspects(state: &TrainState, batch: &Batch, config: &LossConfig) -> Vec<String> {
     let cls = state.teacher.features(batch.global.clone(), None, CropGroup::Global, None).cls;
     let mut sums = host(cls.sum_dim(1).reshape([-1]));
-    if let Some(local) = batch.local.clone() {
+    if let Some(local) = config.local_crops(batch) {
         let cls = state.teacher.features(local, None, CropGroup::Global, None).cls;
         sums.extend(host(cls.sum_dim(1).reshape([-1])));
     }
@@ -560,17 +568,30 @@ fn suspects(state: &TrainState, batch: &Batch) -> Vec<String> {
 }
 
 /// Moves the centers towards this batch's logits; the next step's targets are the first to see it.
-fn update_centers(state: &mut TrainState, logits: &[TeacherLogits], config: &LossConfig) {
+fn update_centers(state: &mut TrainState, logits: &[TeacherLogits], parts: &[Batch], config: &LossConfig) {
     if config.centering != Centering::Softmax {
         return;
     }
-    state.cls_center.update(Tensor::cat(logits.iter().map(|l| l.cls.clone()).collect(), 0));
-    let patches: Vec<Tensor<2>> = match config.patch_center {
-        CenterOver::Masked => logits.iter().filter_map(|l| l.patches.clone()).collect(),
-        CenterOver::All => logits.iter().filter_map(|l| l.all_patches_mean.clone()).collect(),
+    let all = |of: fn(&TeacherLogits) -> &Option<Tensor<2>>| {
+        let found: Vec<Tensor<2>> = logits.iter().filter_map(|logits| of(logits).clone()).collect();
+        (!found.is_empty()).then(|| Tensor::cat(found, 0))
     };
-    if !patches.is_empty() {
-        state.patch_center.update(Tensor::cat(patches, 0));
+    if let Some(cls) = all(|logits| &logits.cls) {
+        state.cls_center.update(cls);
+    }
+    let patches = match config.patch_center {
+        CenterOver::Masked => all(|logits| &logits.patches),
+        CenterOver::All => {
+            // Micro-batches have the same number of patches per sample, but not of samples.
+            let samples: usize = parts.iter().map(Batch::len).sum();
+            let shares = logits.iter().zip(parts).filter_map(|(logits, part)| {
+                Some(logits.all_patches_mean.clone()? * (part.len() as f64 / samples as f64))
+            });
+            shares.reduce(|sum, share| sum + share)
+        }
+    };
+    if let Some(patches) = patches {
+        state.patch_center.update(patches);
     }
 }
 

@@ -11,7 +11,9 @@ use dinoxide_random::{Purpose, stream};
 use dinoxide_trainer::batch::Batch;
 use dinoxide_trainer::optimizer::OptimConfig;
 use dinoxide_trainer::schedule::Scheduled;
-use dinoxide_trainer::step::{Centering, LossConfig, StepDraws, StepError, TrainState, train_step};
+use dinoxide_trainer::step::{
+    CenterOver, Centering, LossConfig, StepDraws, StepError, StepReport, TrainState, train_step,
+};
 use rand::RngExt;
 
 const BATCH: usize = 5;
@@ -162,7 +164,8 @@ fn compare(batch: &Batch, config: &LossConfig) {
         assert_near(name, left.expect("every term is on"), right.expect("every term is on"));
     }
     assert_near("total", first.losses.total, second.losses.total);
-    assert_near("entropy", first.target_entropy.conditional, second.target_entropy.conditional);
+    let entropy = |report: &StepReport| report.target_entropy.expect("a DINO loss").conditional;
+    assert_near("entropy", entropy(&first), entropy(&second));
     let (whole, parts) = (numbers(&whole), numbers(&parts));
     assert_eq!(whole.len(), parts.len());
     for (name, values) in &whole {
@@ -177,6 +180,34 @@ fn compare(batch: &Batch, config: &LossConfig) {
 fn micro_batches_change_neither_losses_nor_weights() {
     compare(&batch(0), &losses());
     compare(&batch(1), &LossConfig { centering: Centering::Sinkhorn, koleo_weight: 0.7, ..losses() });
+    // Parts of one, two and two samples.
+    compare(&batch(1), &LossConfig { patch_center: CenterOver::All, center_momentum: 0.0, ..losses() });
+}
+
+/// Local crops of one channel would panic in a forward, and a head of NaN would be seen in a center.
+#[test]
+fn what_no_loss_looks_at_is_not_computed() {
+    let mut batch = batch(0);
+    batch.local = batch.local.map(|local| local.slice([0..LOCALS, 0..BATCH, 0..1]));
+    let state = || {
+        let mut state = state();
+        state.teacher.dino_head = parameters::replace(state.teacher.dino_head, |_, weight| weight * f32::NAN);
+        state
+    };
+    for parts in [1, 3] {
+        let mut without = state();
+        let config = LossConfig { dino_weight: 0.0, koleo_weight: 0.3, ..losses() };
+        let report = train_step(&mut without, &batch, &draws(parts), &config, at(0)).expect("a step");
+        assert!(report.target_entropy.is_none() && report.losses.dino_global.is_none(), "{report:?}");
+        assert!(report.losses.dino_local.is_none() && report.losses.ibot.is_some(), "{report:?}");
+        assert!(!report.gradient_norms.contains_key("dino_head"), "{report:?}");
+        assert!(host(without.cls_center.value.reshape([-1])).iter().all(|value| *value == 0.0));
+        assert!(host(without.patch_center.value.reshape([-1])).iter().any(|value| *value != 0.0));
+    }
+    let mut state = self::state();
+    let config = LossConfig { local_weight: 0.0, ..losses() };
+    let report = train_step(&mut state, &batch, &draws(1), &config, at(0)).expect("a step");
+    assert!(report.losses.dino_local.is_none() && report.losses.dino_global.is_some(), "{report:?}");
 }
 
 /// An epoch's end and the next one's beginning may bring a photo twice, in different crops.
@@ -185,4 +216,24 @@ fn micro_batches_with_the_same_samples_keep_their_own_gradients() {
     let mut batch = batch(2);
     batch.ids = vec!["photo.jpg".to_owned(); BATCH];
     compare(&batch, &LossConfig { koleo_weight: 0.7, ..losses() });
+}
+
+/// The student moves first, then the teacher follows its new weights (DINO, algorithm 1).
+#[test]
+fn the_teacher_follows_the_weights_that_the_student_has_after_the_step() {
+    let mut state = state();
+    train_step(&mut state, &batch(0), &draws(1), &losses(), at(0)).expect("a step");
+    let before = numbers(&state);
+    train_step(&mut state, &batch(1), &draws(1), &losses(), at(1)).expect("a step");
+    let after = numbers(&state);
+    let mut moved = 0;
+    for (name, teacher) in after.iter().filter(|(name, _)| name.starts_with("teacher.")) {
+        let student = name.replacen("teacher", "student", 1);
+        for i in 0..teacher.len() {
+            let expected = 0.9 * before[name][i] + 0.1 * after[&student][i];
+            assert!((teacher[i] - expected).abs() <= 3e-7 * expected.abs().max(0.1), "{name}[{i}]");
+            moved += usize::from((after[&student][i] - before[&student][i]).abs() > 1e-4);
+        }
+    }
+    assert!(moved > 1000, "the student's step is so short that its two ends cannot be told apart");
 }

@@ -116,9 +116,98 @@ fn folders_without_images_are_named() {
         ("notes/a.txt", &["data: `notes/a.txt` is a file, not a folder", "hint: its folder is `notes`"]),
     ];
     for (data, parts) in cases {
-        place.train("run", &["--data", data, "--set", "eval.val=''"]).failed(1, parts);
-        assert!(!place.path("run").exists());
+        assert_refused(&place, &["--data", data, "--set", "eval.val=''"], parts);
+        assert_refused(&place, &["--set", &format!("eval.val='{data}'")], parts);
     }
+}
+
+/// Trains on `photos`, and measures k-NN among `known` on `val` every four steps.
+const WITH_CLASSES: [&str; 8] =
+    ["--data", "photos", "--set", "eval.train='known'", "--set", "eval.val='val'", "--set", "eval.every='4 steps'"];
+
+fn with_classes() -> Workplace {
+    let place = Workplace::new();
+    for (folder, count) in [("photos", 6), ("known", 5), ("val", 4)] {
+        place.write_classes(folder, &["cat", "dog"], count);
+    }
+    place
+}
+
+#[test]
+fn images_that_knn_cannot_read_are_named_once_and_counted() {
+    let place = with_classes();
+    place.write("known/cat/1.png", "no image");
+    place.write("val/dog/2.png", "");
+    let run = place.train("run", &WITH_CLASSES).succeeded();
+    for (path, reason) in [("known/cat/1.png", "not a JPEG"), ("val/dog/2.png", "the file is empty")] {
+        let of_it: Vec<_> = run.stderr.lines().filter(|line| line.contains(path)).collect();
+        assert!(of_it.len() == 1 && of_it[0].starts_with(&format!("warning: {path}: ")), "{of_it:?}");
+        assert!(of_it[0].contains(reason) && of_it[0].ends_with("; left out of k-NN"), "{of_it:?}");
+    }
+    let metrics = place.metrics("run");
+    let health: Vec<_> = metrics.iter().filter(|line| line["kind"] == "health").collect();
+    assert_eq!(health.len(), 10);
+    assert!(health.iter().all(|line| line["bad_eval_images"] == 2 && line["bad_images"] == 0), "{health:?}");
+    assert_eq!(metrics.iter().filter(|line| line["kind"] == "eval").count(), 4);
+}
+
+/// The images are there when the run starts, and from step 6 on they cannot be read.
+#[test]
+fn an_evaluation_that_no_longer_works_costs_a_warning_and_not_the_run() {
+    let place = with_classes();
+    place.train("straight", &WITH_CLASSES).succeeded();
+    let mut cases = 0;
+    for (folder, left, reason) in [
+        ("val", 0, "features: none of the 8 image(s) can be read\n  `cat/0.png`: the file is empty"),
+        ("known", 2, "knn: k = 5, but train has only 4 samples"),
+    ] {
+        let run = format!("run {cases}");
+        place.copy("straight", &run);
+        for checkpoint in ["step-000009", "step-000010"] {
+            std::fs::remove_dir_all(place.path(&run).join("checkpoints").join(checkpoint)).expect("removed");
+        }
+        let count = if folder == "val" { 4 } else { 5 };
+        for class in ["cat", "dog"] {
+            (left..count).for_each(|i| place.write(&format!("{folder}/{class}/{i}.png"), ""));
+        }
+        let resumed = place.run(&["train", "--resume", &run]).succeeded();
+        for step in [8, 10] {
+            let warning = format!("warning: k-NN could not be measured after {step} steps: {reason}");
+            assert!(resumed.stderr.contains(&warning), "{warning} is not in\n{}", resumed.stderr);
+        }
+        assert_eq!(resumed.stderr.matches(": the file is empty; left out of k-NN\n").count(), 2 * (count - left));
+        assert_eq!(resumed.stdout, "", "no accuracy after training was measured");
+        let metrics = place.metrics(&run);
+        let failed: Vec<_> = metrics.iter().filter(|line| line["evaluation_error"].is_string()).collect();
+        let steps: Vec<_> = failed.iter().map(|line| line["step"].as_u64()).collect();
+        assert_eq!(steps, [Some(8), Some(10)]);
+        for line in failed {
+            assert_eq!(
+                (&line["kind"], line["bad_eval_images"].as_u64()),
+                (&"health".into(), Some(2 * (count - left) as u64))
+            );
+            assert!(line["evaluation_error"].as_str().is_some_and(|error| error.starts_with(reason)), "{line}");
+        }
+        assert_eq!(metrics.iter().filter(|line| line["kind"] == "step").count(), 10);
+        assert!(place.read(&format!("{run}/teacher.safetensors")) == place.read("straight/teacher.safetensors"));
+        // Its last evaluation is made again, and so is what is written of it.
+        place.run(&["train", "--resume", &run]).succeeded();
+        assert_eq!(place.metrics(&run).len(), metrics.len());
+        place.write_classes("val", &["cat", "dog"], 4);
+        cases += 1;
+    }
+    assert_eq!(cases, 2);
+}
+
+#[test]
+fn an_evaluation_that_cannot_work_at_all_is_an_error_before_the_first_step() {
+    let place = with_classes();
+    for class in ["cat", "dog"] {
+        (0..4).for_each(|i| place.write(&format!("val/{class}/{i}.png"), ""));
+    }
+    let failed = place.train("run", &WITH_CLASSES);
+    failed.failed(1, &["features: none of the 8 image(s) can be read", "`cat/3.png`: the file is empty", "and 3 more"]);
+    assert!(place.metrics("run").is_empty() && !place.path("run/checkpoints").exists());
 }
 
 fn encoded(image: &RgbImage, format: ImageFormat) -> Vec<u8> {
@@ -169,7 +258,8 @@ fn damaged_images_are_left_out_and_listed() {
         assert!(of_it.len() == 1 && of_it[0].contains(reason), "{name}: {warnings:?}");
         assert!(of_it[0].ends_with("; another image takes its place"), "{name}: {warnings:?}");
     }
-    assert_eq!(warnings.len(), 5, "{warnings:?}");
+    let of_knn = warnings.iter().filter(|line| line.ends_with("; left out of k-NN")).count();
+    assert_eq!((warnings.len(), of_knn), (10, 5), "{warnings:?}");
     let counted = place.metrics("run").iter().filter_map(|line| line["bad_images"].as_u64()).max();
     assert_eq!(counted, Some(5));
     assert_eq!(run.stdout.lines().count(), 1, "k-NN works without them: {}", run.stderr);

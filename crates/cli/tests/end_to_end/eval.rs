@@ -83,7 +83,7 @@ fn sets_whose_classes_differ_are_refused() {
     with("train/cat", "val")
         .failed(1, &["train/cat: the images have no classes", "hint: put each class into a folder"]);
     with("train", "val/dog").failed(1, &["val/dog: the images have no classes"]);
-    with("train", "nowhere").failed(1, &["data: `nowhere`: no such folder"]);
+    with("train", "nowhere").failed(2, &["data: `nowhere`: no such folder"]);
 }
 
 #[test]
@@ -130,9 +130,11 @@ fn files_that_are_no_backbone_are_named() {
     ];
     for (file, reason) in cases {
         let parts = [&format!("error: {file}: "), reason];
-        place.run(&["inspect", file]).failed(1, &parts);
+        // A path that leads nowhere is wrong usage, a file that is no backbone is not.
+        let code = if file.starts_with("missing") { 2 } else { 1 };
+        place.run(&["inspect", file]).failed(code, &parts);
         let args = ["eval", "knn", "--weights", file, "--train", "train", "--val", "val", "--json"];
-        place.run(&args).failed(1, &parts);
+        place.run(&args).failed(code, &parts);
     }
 }
 

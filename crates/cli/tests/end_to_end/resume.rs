@@ -132,6 +132,31 @@ fn ctrl_c_saves_a_checkpoint_and_says_how_to_go_on() {
     assert_same_run(&place, "straight", "stopped");
 }
 
+#[test]
+fn an_evaluation_set_that_vanishes_during_a_run_does_not_end_it() {
+    let place = Workplace::new();
+    for (folder, count) in [("known", 5), ("val", 4)] {
+        place.write_classes(folder, &["cat", "dog"], count);
+    }
+    let sets = ["--set", "eval.train='known'", "--set", "eval.val='val'"];
+    let args = [&["train", "--config", "tiny.toml", "--run", "run"], &LONG[..], &sets].concat();
+    let mut child =
+        place.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts");
+    wait_for_lines(&place, "run", &mut child, 20);
+    fs::remove_dir_all(place.path("val")).expect("removed");
+    let output = child.wait_with_output().expect("a child");
+    let stderr = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(output.status.success(), "{stderr}");
+    assert!(
+        stderr.contains("warning: k-NN could not be measured after 240 steps: features: none of the 8 "),
+        "{stderr}"
+    );
+    assert!(output.stdout.is_empty(), "what was measured before is not the accuracy after training");
+    let metrics = place.metrics("run");
+    let count = |kind: &str| metrics.iter().filter(|line| line["kind"] == kind).count();
+    assert_eq!((count("step"), metrics[0]["kind"].as_str(), count("end")), (240, Some("eval"), 1));
+}
+
 /// What is done to a file's bytes.
 type Damage = fn(Vec<u8>) -> Vec<u8>;
 
@@ -178,6 +203,25 @@ fn a_damaged_checkpoint_costs_a_warning_and_the_steps_since_the_one_before() {
         cases += 1;
     }
     assert_eq!(cases, 6);
+}
+
+/// A folder in the place of a file stands for every error of the system but that there is no such file.
+#[test]
+fn a_checkpoint_that_cannot_be_read_stops_the_run_and_nothing_is_lost() {
+    let place = Workplace::new();
+    place.train("run", &[]).succeeded();
+    let path = "run/checkpoints/step-000010/state.safetensors";
+    let state = place.read(path);
+    fs::remove_file(place.path(path)).expect("removed");
+    fs::create_dir(place.path(path)).expect("a folder");
+    let metrics = place.read("run/metrics.jsonl");
+    let failed = place.run(&["train", "--resume", "run"]);
+    failed.failed(1, &[&format!("error: {path}: "), "hint: make it readable", "remove `run/checkpoints/step-000010`"]);
+    assert_eq!(place.checkpoints("run"), ["step-000006", "step-000009", "step-000010"]);
+    assert_eq!(place.read("run/metrics.jsonl"), metrics);
+    fs::remove_dir(place.path(path)).expect("removed");
+    place.write(path, state);
+    place.run(&["train", "--resume", "run"]).succeeded();
 }
 
 #[test]

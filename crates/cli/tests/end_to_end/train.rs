@@ -19,7 +19,7 @@ fn of_kind<'a>(metrics: &'a [Value], kind: &str) -> Vec<&'a Value> {
 #[test]
 fn a_run_leaves_a_complete_directory() {
     let place = Workplace::new();
-    let run = place.train("run", &[]).succeeded();
+    let run = place.train("run", &["--seed", "6"]).succeeded();
     let found = names(&place.path("run"));
     assert_eq!(found, [".lock", "checkpoints", "config.toml", "log.txt", "metrics.jsonl", "teacher.safetensors"]);
     assert_eq!(place.checkpoints("run"), ["step-000006", "step-000009", "step-000010"]);
@@ -28,9 +28,13 @@ fn a_run_leaves_a_complete_directory() {
         assert_eq!(files, ["manifest.json", "state.safetensors"]);
     }
     let log = String::from_utf8(place.read("run/log.txt")).expect("UTF-8");
-    for part in ["step 10/10", "checkpoint run/checkpoints/step-000009", "finished   10 steps", &run.stdout] {
+    let software = concat!("software   dinoxide ", env!("CARGO_PKG_VERSION"), ", device cpu, seed 6\n");
+    let recipe = "recipe     tiny.toml\n";
+    for part in [recipe, software, "step 10/10", "checkpoint run/checkpoints/step-000009", "finished   10 steps"] {
         assert!(log.contains(part), "`{part}` is not in\n{log}");
     }
+    assert!(log.contains(&run.stdout), "{log}");
+    assert_eq!((log.matches(recipe).count(), run.stderr.matches(recipe).count()), (1, 1));
 }
 
 #[cfg(unix)]
@@ -83,7 +87,10 @@ fn metrics_keep_their_schema() {
             line,
             &["step", "images", "target_entropy.conditional", "target_entropy.marginal", "ln_prototypes"],
         );
-        assert_eq!(line["bad_images"], 0);
+        assert!(
+            line["bad_images"] == 0 && line["bad_eval_images"] == 0 && line["evaluation_error"].is_null(),
+            "{line}"
+        );
     }
     let at: Vec<_> = evals.iter().map(|line| line["step"].as_u64()).collect();
     assert_eq!(at, [Some(0), Some(4), Some(8), Some(10)]);

@@ -30,41 +30,47 @@ use dinoxide_testkit::{Check, Golden, Report};
 
 /// What is done about a fixture.
 enum Entry {
-    /// It is compared, every tensor of it.
-    Compared(fn(&mut Check)),
+    /// It is compared, every tensor of it, by the function of this name.
+    Compared(&'static str, fn(&mut Check)),
     /// Not yet, for this reason.
     Pending(&'static str),
 }
 use Entry::{Compared, Pending};
 
+macro_rules! compared {
+    ($function:path) => {
+        Compared(stringify!($function), $function)
+    };
+}
+
 const GRAM: &str = "the training step has no Gram loss yet";
 
 const TABLE: &[(&str, Entry)] = &[
-    ("augment", Compared(augmentation::all)),
+    ("augment", compared!(augmentation::all)),
     ("convnext_v3", Pending("ConvNeXt backbone not built yet")),
-    ("droppath", Compared(droppath::all)),
-    ("eval", Compared(evaluation::all)),
-    ("heads", Compared(heads::all)),
-    ("losses", Compared(losses::all)),
-    ("losses_dist", Compared(distributed::all)),
-    ("masking", Compared(masking::all)),
-    ("param_groups", Compared(groups::all)),
-    ("rope_v3", Compared(rope::tables)),
-    ("schedules", Compared(schedules::all)),
-    ("train_ibot", Compared(trajectory::arguments)),
-    ("train_v1", Compared(trajectory::arguments)),
-    ("train_v2_centering", Compared(trajectory::v2)),
-    ("train_v2_sinkhorn", Compared(trajectory::v2)),
+    ("droppath", compared!(droppath::all)),
+    ("eval", compared!(evaluation::all)),
+    ("heads", compared!(heads::all)),
+    ("losses", compared!(losses::all)),
+    ("losses_dist", compared!(distributed::all)),
+    ("masking", compared!(masking::all)),
+    ("param_groups", compared!(groups::all)),
+    ("rope_v3", compared!(rope::tables)),
+    ("schedules", compared!(schedules::all)),
+    ("train_ibot", compared!(trajectory::arguments)),
+    ("train_v1", compared!(trajectory::arguments)),
+    ("train_v2_centering", compared!(trajectory::v2)),
+    ("train_v2_sinkhorn", compared!(trajectory::v2)),
     ("train_v3_distill", Pending("the training step has no frozen teacher yet")),
     ("train_v3_gram", Pending(GRAM)),
     ("train_v3_highres", Pending(GRAM)),
-    ("train_v3_plain", Compared(trajectory::v3)),
-    ("vit_v2_a", Compared(vit::v2)),
-    ("vit_v2_b", Compared(vit::v2)),
-    ("vit_v2_c", Compared(vit::v2)),
-    ("vit_v3_a", Compared(vit::v3)),
-    ("vit_v3_b", Compared(vit::v3)),
-    ("vit_v3_c", Compared(vit::v3)),
+    ("train_v3_plain", compared!(trajectory::v3)),
+    ("vit_v2_a", compared!(vit::v2)),
+    ("vit_v2_b", compared!(vit::v2)),
+    ("vit_v2_c", compared!(vit::v2)),
+    ("vit_v3_a", compared!(vit::v3)),
+    ("vit_v3_b", compared!(vit::v3)),
+    ("vit_v3_c", compared!(vit::v3)),
 ];
 
 /// Comparisons that the committed fixtures give.
@@ -87,15 +93,17 @@ fn golden() {
     for (name, entry) in TABLE.iter().filter(|(name, _)| found.contains(*name)) {
         match entry {
             Pending(reason) => report.pending(name, reason),
-            Compared(compare) => one(&golden, name, *compare, &mut report),
+            Compared(_, compare) => one(&golden, name, *compare, &mut report),
         }
     }
     if golden.is_committed() && report.cases() != COMMITTED_CASES {
         report.failure("all", &format!("{} comparisons, not {COMMITTED_CASES}", report.cases()));
     }
 
-    for (file, summary) in report.files() {
-        println!("{file}: {} cases, worst {:.3} ({})", summary.cases, summary.worst, summary.worst_case);
+    let table = table(&report);
+    println!("{}", table.join("\n"));
+    if golden.is_committed() {
+        check_documented(&table, &mut report);
     }
     for entry in report.pending_entries() {
         println!("pending: {entry}");
@@ -110,6 +118,40 @@ fn golden() {
         report.failures().len(),
         report.failures().join("\n")
     );
+}
+
+/// The table of `docs/numerics.md`: what was compared, how often, and where the deviation is largest for its tolerance.
+fn table(report: &Report) -> Vec<String> {
+    let files = report.files();
+    let mut lines = vec![
+        "| fixture | compared by | cases | largest deviation / tolerance | deviation | tolerance | where |".to_owned(),
+        "|---|---|---|---|---|---|---|".to_owned(),
+    ];
+    for (name, entry) in TABLE {
+        if let (Compared(function, _), Some(of)) = (entry, files.get(name)) {
+            lines.push(format!(
+                "| `{name}` | `{}` | {} | {:.3} | {:.1e} | {:.1e} | {} |",
+                function.replace(' ', ""),
+                of.cases,
+                of.worst,
+                of.deviation,
+                of.tolerance,
+                if of.deviation > 0.0 { &of.worst_case } else { "" }
+            ));
+        }
+    }
+    lines
+}
+
+/// Fails when a fixture is not in the documented table with the number of its cases. Deviations depend on the machine.
+fn check_documented(table: &[String], report: &mut Report) {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/numerics.md");
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("`{path}`: {e}"));
+    let first_cells = |line: &str| line.split('|').take(4).collect::<Vec<_>>().join("|");
+    let documented: BTreeSet<String> = text.lines().map(first_cells).collect();
+    for line in table.iter().map(|line| first_cells(line)).filter(|line| !documented.contains(line)) {
+        report.failure("docs/numerics.md", &format!("does not have `{line}|…`: replace its table by the one above"));
+    }
 }
 
 /// Compares one fixture; a panic is a failure of that fixture alone.
