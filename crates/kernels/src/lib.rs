@@ -80,6 +80,15 @@ pub fn residual(x: Tensor<2>, branch: Tensor<2>, gamma: Option<Tensor<1>>) -> Te
     })
 }
 
+/// Depthwise convolution: each channel with a kernel of its own, stride 1, zeros around the image.
+///
+/// # Shapes
+/// `x [B, H, W, C]`, channels last; `weight [C, 1, k, k]` with an odd `k`, as PyTorch lays it out; `bias [C]` →
+/// `[B, H, W, C]`.
+pub fn depthwise_conv(x: Tensor<4>, weight: Tensor<4>, bias: Tensor<1>) -> Tensor<4> {
+    composed::depthwise_conv(x, weight, bias)
+}
+
 /// Multi-head self-attention `softmax(q·kᵀ/√d)·v` on a packed projection, with rotary positions applied to `q` and `k`.
 ///
 /// # Shapes
