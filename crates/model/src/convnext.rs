@@ -277,12 +277,7 @@ impl ConvNext {
     }
 
     /// Runs the stages, showing each one's output `[B, h, w, D]`.
-    fn run_stages(
-        &self,
-        images: Tensor<4>,
-        draws: Option<&StochasticDraws>,
-        mut after: impl FnMut(usize, &Tensor<4>),
-    ) {
+    fn run_stages(&self, images: Tensor<4>, draws: Option<&StochasticDraws>, mut after: impl FnMut(usize, &Tensor<4>)) {
         let [_, _, height, width] = images.dims();
         if let Err(error) = self.config.grid(height, width) {
             panic!("{error}");
