@@ -4,6 +4,7 @@
 //! an [`Architecture`] in which nothing is implied: it is what a weight file carries, so that evaluation needs no recipe.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::{Architecture, ConvNextConfig, ModelError};
 
@@ -390,14 +391,16 @@ impl ModelConfig {
         }
     }
 
-    /// The value of a key as a recipe would give it.
-    fn written(&self, key: &str) -> Option<String> {
-        let table = serde_json::to_value(self).expect("a configuration is plain data");
-        table.get(key).map(ToString::to_string)
+    /// Keys and values; keys without a value are left out.
+    fn table(&self) -> serde_json::Map<String, Value> {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(table)) => table,
+            other => panic!("a configuration is a table of plain data, not {other:?}"),
+        }
     }
 
     fn convnext(&self, dims: [usize; 4], depths: [usize; 4], image_size: usize) -> Result<ConvNextConfig, ModelError> {
-        const OURS: [&str; 10] = [
+        const OURS: [&str; 9] = [
             "arch",
             "dims",
             "depths",
@@ -407,24 +410,23 @@ impl ModelConfig {
             "norm_eps",
             "drop_path_rate",
             "drop_path",
-            // True where nothing is said of it.
-            "mask_token",
         ];
-        let table = serde_json::to_value(self).expect("a configuration is plain data");
-        let keys = table.as_object().expect("a table").keys().filter(|key| !OURS.contains(&key.as_str()));
-        let default = Self::default();
-        let foreign: Vec<&String> = keys.filter(|key| self.written(key) != default.written(key)).collect();
+        // Unless a recipe says otherwise there is a mask token: that is no wish for one.
+        let meant = |key: &str| !OURS.contains(&key) && key != "mask_token";
+        let (table, default) = (self.table(), Self::default().table());
+        let foreign: Vec<&String> =
+            table.keys().filter(|key| meant(key) && table.get(*key) != default.get(*key)).collect();
         if !foreign.is_empty() {
             let list = |of: &dyn Fn(&str) -> String| foreign.iter().map(|key| of(key)).collect::<Vec<_>>().join(", ");
-            let given = list(&|key| format!("`model.{key} = {}`", self.written(key).unwrap_or_default()));
-            let plain = list(&|key| match default.written(key) {
+            let given = list(&|key| format!("`model.{key} = {}`", table[key]));
+            let plain = list(&|key| match default.get(key) {
                 Some(value) => format!("`{key} = {value}`"),
                 None => format!("no `{key}`"),
             });
-            let arch = self.written("arch").unwrap_or_default();
             return Err(ModelError::config(format!(
-                "{given}: only vision transformers have this, `model.arch` is {arch}\n\nhint: a ConvNeXt needs {plain} in \
-                 `[model]`"
+                "{given}: only vision transformers have this, `model.arch` is {}\n\nhint: a ConvNeXt needs {plain} in \
+                 `[model]`",
+                table["arch"]
             )));
         }
         let config = ConvNextConfig {
@@ -448,17 +450,16 @@ impl ModelConfig {
     /// As there.
     pub fn vit(&self, image_size: usize) -> Result<VitConfig, ModelError> {
         let Sizes::Vit { embed_dim, depth, num_heads, ffn_ratio } = self.arch.sizes() else {
-            let arch = self.written("arch").unwrap_or_default();
+            let arch = &self.table()["arch"];
             return Err(ModelError::config(format!("`model.arch` is {arch}, not a vision transformer")));
         };
-        for key in ["dims", "depths"] {
-            if let Some(value) = self.written(key) {
-                let arch = self.written("arch").unwrap_or_default();
-                return Err(ModelError::config(format!(
-                    "`model.{key} = {value}`: only ConvNeXts have stages, `model.arch` is {arch}\n\nhint: leave it out; the \
-                     numbers of a vision transformer are `embed_dim` and `depth`"
-                )));
-            }
+        let table = self.table();
+        if let Some(key) = ["dims", "depths"].into_iter().find(|key| table.contains_key(*key)) {
+            return Err(ModelError::config(format!(
+                "`model.{key} = {}`: only ConvNeXts have stages, `model.arch` is {}\n\nhint: leave it out; the numbers of a \
+                 vision transformer are `embed_dim` and `depth`",
+                table[key], table["arch"]
+            )));
         }
         let embed_dim = self.embed_dim.unwrap_or(embed_dim);
         let ratio = self.ffn_ratio.unwrap_or(ffn_ratio);

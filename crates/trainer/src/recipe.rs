@@ -179,10 +179,10 @@ impl Recipe {
         }
         let batch = self.train.batch_size;
         self.check_sizes(&backbone)?;
-        self.check_losses()?;
         if let Architecture::ConvNext(_) = backbone {
             self.check_convnext()?;
         }
+        self.check_losses()?;
         let steps = self.train.length.steps(batch, samples);
         if steps == 0 {
             return Err(invalid(format!(

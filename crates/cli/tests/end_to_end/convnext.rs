@@ -79,15 +79,12 @@ fn a_convnext_trains_resumes_bit_for_bit_and_is_evaluated() {
     let data = ["--train", "synthetic:images=48,size=36", "--val", "synthetic:split=val,images=24,size=36", "--json"];
     let found = place.run(&[&["eval", "knn", "--weights", weights, "--k", "5"], &data[..]].concat()).succeeded();
     let knn: Value = serde_json::from_str(&found.stdout).expect("an object");
-    // What was measured at the end of training, by another way to the same images.
-    let metrics = place.metrics("straight");
-    let trained = metrics.iter().rfind(|line| line["kind"] == "eval").expect("an evaluation");
     assert!(knn["scores"]["by_k"][0]["top1"].is_number(), "{knn}");
-    assert_eq!(trained["embed_dim"], 24);
+    assert_eq!(knn["effective_rank"].as_f64().map(|rank| (1.0..24.0).contains(&rank)), Some(true), "{knn}");
     let linear = ["eval", "linear", "--weights", weights, "--iterations", "5", "--samples", "8"];
     let found = place.run(&[&linear, &data[..]].concat()).succeeded();
     let linear: Value = serde_json::from_str(&found.stdout).expect("an object");
-    assert!(linear["scores"]["accuracy"]["top1"].is_number(), "{linear}");
+    assert!(linear["scores"]["top1"].is_number(), "{linear}");
 }
 
 #[test]
