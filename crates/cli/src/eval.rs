@@ -9,7 +9,7 @@ use dinoxide_evaluation::{
     Extracted, Extraction, FeatureSet, FeatureSource, Features, KnnConfig, LinearConfig, Selection, Token, extract,
     knn, linear, spectrum,
 };
-use dinoxide_model::Vit;
+use dinoxide_model::Backbone;
 use dinoxide_model::weights::{Description, load_backbone, write_atomically};
 use serde::Serialize;
 use serde_json::json;
@@ -97,7 +97,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
 
 /// A backbone with the features of both sets.
 struct Setup {
-    backbone: Vit,
+    backbone: Backbone,
     description: Description,
     device: burn::tensor::Device,
     train: (Arc<dyn Source>, Extracted),
@@ -119,7 +119,7 @@ impl Setup {
             crop_px,
             mean: description.mean,
             std: description.std,
-            last_blocks: last_blocks.min(description.architecture.depth),
+            last_blocks: last_blocks.min(description.architecture.layers()),
             batch: common.batch_size,
         };
         let limits = DecodeLimits::default();
@@ -141,7 +141,7 @@ impl Setup {
     }
 
     fn source(&self, common: &Common, tokens: Vec<Token>, blocks: usize) -> FeatureSource {
-        let depth = self.backbone.config().depth;
+        let depth = self.backbone.architecture().layers();
         let steps = self.description.provenance.steps;
         FeatureSource {
             backbone: format!("{}, after {steps} steps", common.weights.display()),

@@ -44,16 +44,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         terminal::data(&serde_json::to_string_pretty(&result)?);
         return Ok(ExitCode::SUCCESS);
     }
-    let (a, p) = (&description.architecture, &description.provenance);
-    let position = if a.rope.is_some() { "RoPE" } else { "learned positions" };
-    let registers = match a.register_tokens {
-        0 => String::new(),
-        n => format!(", {n} registers"),
-    };
-    terminal::data(&format!(
-        "backbone   ViT {} wide, {} deep, {} heads, patch {}, {position}{registers}",
-        a.embed_dim, a.depth, a.num_heads, a.patch_size
-    ));
+    let p = &description.provenance;
+    terminal::data(&format!("backbone   {}", description.architecture));
     terminal::data(&format!("trained    {} steps, {} images of {}", count(p.steps), count(p.images), p.data));
     terminal::data(&format!(
         "images     {} px, mean {:?}, std {:?}",

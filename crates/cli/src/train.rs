@@ -188,7 +188,6 @@ impl Screen<'_> {
                     self.log.keep(&line);
                 }
                 let recipe = self.recipe;
-                let backbone = &plan.backbone;
                 let (batch, crops) = (recipe.train.batch_size, &recipe.augmentation);
                 let epochs = plan.steps as f64 * batch as f64 / plan.samples as f64;
                 let classes = match classes {
@@ -200,11 +199,8 @@ impl Screen<'_> {
                     format!("software   {SOFTWARE}, device {}, seed {}", recipe.run.device, recipe.train.seed),
                     format!("images     {} in {}, {classes}", count(plan.samples as u64), recipe.data.source),
                     format!(
-                        "backbone   ViT {} wide, {} deep, {} heads, patch {}: {:.1} M parameters, heads {:.1} M",
-                        backbone.embed_dim,
-                        backbone.depth,
-                        backbone.num_heads,
-                        backbone.patch_size,
+                        "backbone   {}: {:.1} M parameters, heads {:.1} M",
+                        plan.backbone,
                         backbone_parameters as f64 / 1e6,
                         head_parameters as f64 / 1e6
                     ),

@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_augmentation::{EvalTransform, Resizer, RgbImage, normalize};
 use dinoxide_data::{Rejected, Source};
-use dinoxide_model::{Vit, weights::host};
+use dinoxide_model::{Backbone, weights::host};
 use rayon::prelude::*;
 
 use crate::{EvaluationError, Features, LabeledFeatures};
@@ -19,7 +19,7 @@ pub struct Extraction {
     pub mean: [f32; 3],
     /// Their standard deviation.
     pub std: [f32; 3],
-    /// CLS tokens of this many last blocks.
+    /// CLS tokens of this many last blocks; of a ConvNeXt, stages.
     pub last_blocks: usize,
     /// Images in one forward.
     pub batch: usize,
@@ -28,7 +28,8 @@ pub struct Extraction {
 /// Features of a set of images, row by row in the order asked for.
 #[derive(Clone, Debug)]
 pub struct Extracted {
-    /// CLS tokens of the last blocks after the final norm, oldest block first; each `[n, D]`.
+    /// CLS tokens of the last blocks after the final norm, oldest block first; each `[n, D]`. A ConvNeXt's are the mean
+    /// patches of its last stages, each of that stage's width, and only the last after the norm.
     pub cls: Vec<Features>,
     /// Mean patch token of the last block after the final norm, `[n, D]`.
     pub patch_mean: Features,
@@ -64,21 +65,22 @@ impl Extracted {
 /// # Errors
 /// Sizes that do not fit, no readable image, or features that are not finite.
 pub fn extract(
-    backbone: &Vit,
+    backbone: &Backbone,
     source: &dyn Source,
     indices: &[usize],
     how: &Extraction,
     device: &Device,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Extracted, EvaluationError> {
-    let depth = backbone.config().depth;
+    let architecture = backbone.architecture();
+    let depth = architecture.layers();
     let extraction = |message: String| EvaluationError::Extraction { message };
     let transform = EvalTransform::new(how.resize_px, how.crop_px).map_err(|e| extraction(e.to_string()))?;
-    backbone.config().grid(how.crop_px, how.crop_px).map_err(|e| extraction(e.to_string()))?;
+    architecture.grid(how.crop_px, how.crop_px).map_err(|e| extraction(e.to_string()))?;
     if how.last_blocks == 0 || how.last_blocks > depth {
         return Err(EvaluationError::BlockCount { asked: how.last_blocks, available: depth });
     }
-    let channels = backbone.config().in_channels;
+    let channels = architecture.in_channels();
     if channels != 3 {
         return Err(extraction(format!("the backbone takes images of {channels} channels, these have 3")));
     }
@@ -86,7 +88,6 @@ pub fn extract(
         return Err(extraction("a forward of 0 images".into()));
     }
     let layers: Vec<usize> = (depth - how.last_blocks..depth).collect();
-    let dim = backbone.config().embed_dim;
 
     let mut cls = vec![Vec::new(); layers.len()];
     let mut patch_mean = Vec::new();
@@ -126,7 +127,7 @@ pub fn extract(
     if rows.is_empty() {
         return Err(EvaluationError::NothingReadable { rejected });
     }
-    let features = |values: Vec<f32>| Features::new(rows.len(), dim, values);
+    let features = |values: Vec<f32>| Features::new(rows.len(), values.len() / rows.len(), values);
     Ok(Extracted {
         cls: cls.into_iter().map(features).collect::<Result<_, _>>()?,
         patch_mean: features(patch_mean)?,

@@ -1,6 +1,6 @@
 //! The operations composed from tensor primitives: what they compute, on every backend, with gradients by autodiff.
 
-use burn::tensor::{Tensor, activation};
+use burn::tensor::{Tensor, activation, module, ops::ConvOptions};
 
 use crate::RopeTable;
 
@@ -31,6 +31,14 @@ pub fn residual(x: Tensor<2>, branch: Tensor<2>, gamma: Option<Tensor<1>>) -> Te
         Some(gamma) => x + branch * gamma.unsqueeze(),
         None => x + branch,
     }
+}
+
+/// See [`crate::depthwise_conv`].
+pub fn depthwise_conv(x: Tensor<4>, weight: Tensor<4>, bias: Tensor<1>) -> Tensor<4> {
+    let [channels, _, kernel, _] = weight.dims();
+    let padding = kernel / 2;
+    let options = ConvOptions::new([1, 1], [padding, padding], [1, 1], channels);
+    module::conv2d(x.permute([0, 3, 1, 2]), weight, Some(bias), options).permute([0, 2, 3, 1])
 }
 
 /// See [`crate::self_attention`].

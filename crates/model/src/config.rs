@@ -1,13 +1,14 @@
 //! Which backbone: the `[model]` table of a recipe, and the complete description that it resolves to.
 //!
 //! A recipe names an architecture of the papers and may override single numbers. [`ModelConfig::resolve`] turns that into
-//! a [`VitConfig`] in which nothing is implied: it is what a weight file carries, so that evaluation needs no recipe.
+//! an [`Architecture`] in which nothing is implied: it is what a weight file carries, so that evaluation needs no recipe.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::ModelError;
+use crate::{Architecture, ConvNextConfig, ModelError};
 
-/// Named ViT sizes (DINO, DINOv2 table 17, DINOv3 table 2).
+/// Named sizes: ViT (DINO, DINOv2 table 17, DINOv3 table 2) and ConvNeXt (Liu et al. 2022, §3; DINOv3 §5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Arch {
@@ -28,32 +29,62 @@ pub enum Arch {
     /// D 4096, 40 blocks, 32 heads.
     #[serde(rename = "vit_7b")]
     Vit7b,
+    /// 96 to 768 channels, 3, 3, 9, 3 blocks.
+    #[serde(rename = "convnext_tiny")]
+    ConvNextTiny,
+    /// 96 to 768 channels, 3, 3, 27, 3 blocks.
+    #[serde(rename = "convnext_small")]
+    ConvNextSmall,
+    /// 128 to 1024 channels, 3, 3, 27, 3 blocks.
+    #[serde(rename = "convnext_base")]
+    ConvNextBase,
+    /// 192 to 1536 channels, 3, 3, 27, 3 blocks.
+    #[serde(rename = "convnext_large")]
+    ConvNextLarge,
+}
+
+/// What a named size stands for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Sizes {
+    /// A vision transformer.
+    Vit {
+        /// Width of the tokens.
+        embed_dim: usize,
+        /// Number of blocks.
+        depth: usize,
+        /// Attention heads.
+        num_heads: usize,
+        /// Hidden width of the feed-forward layer over `embed_dim`.
+        ffn_ratio: f64,
+    },
+    /// A ConvNeXt.
+    ConvNext {
+        /// Channels of the four stages.
+        dims: [usize; 4],
+        /// Blocks of the four stages.
+        depths: [usize; 4],
+    },
 }
 
 impl Arch {
-    /// Every named size, smallest first.
-    pub const ALL: [Arch; 8] = [
-        Arch::VitTiny,
-        Arch::VitSmall,
-        Arch::VitBase,
-        Arch::VitLarge,
-        Arch::VitSo400m,
-        Arch::VitHuge2,
-        Arch::VitGiant2,
-        Arch::Vit7b,
-    ];
-
-    /// `(embed_dim, depth, num_heads, ffn_ratio)`.
-    pub fn dimensions(self) -> (usize, usize, usize, f64) {
+    /// The numbers behind the name.
+    pub fn sizes(self) -> Sizes {
+        let vit = |embed_dim, depth, num_heads, ffn_ratio| Sizes::Vit { embed_dim, depth, num_heads, ffn_ratio };
+        let convnext =
+            |width, third| Sizes::ConvNext { dims: [width, 2 * width, 4 * width, 8 * width], depths: [3, 3, third, 3] };
         match self {
-            Arch::VitTiny => (192, 12, 3, 4.0),
-            Arch::VitSmall => (384, 12, 6, 4.0),
-            Arch::VitBase => (768, 12, 12, 4.0),
-            Arch::VitLarge => (1024, 24, 16, 4.0),
-            Arch::VitSo400m => (1152, 27, 18, 3.777777778),
-            Arch::VitHuge2 => (1280, 32, 20, 4.0),
-            Arch::VitGiant2 => (1536, 40, 24, 4.0),
-            Arch::Vit7b => (4096, 40, 32, 3.0),
+            Arch::VitTiny => vit(192, 12, 3, 4.0),
+            Arch::VitSmall => vit(384, 12, 6, 4.0),
+            Arch::VitBase => vit(768, 12, 12, 4.0),
+            Arch::VitLarge => vit(1024, 24, 16, 4.0),
+            Arch::VitSo400m => vit(1152, 27, 18, 3.777777778),
+            Arch::VitHuge2 => vit(1280, 32, 20, 4.0),
+            Arch::VitGiant2 => vit(1536, 40, 24, 4.0),
+            Arch::Vit7b => vit(4096, 40, 32, 3.0),
+            Arch::ConvNextTiny => convnext(96, 9),
+            Arch::ConvNextSmall => convnext(96, 27),
+            Arch::ConvNextBase => convnext(128, 27),
+            Arch::ConvNextLarge => convnext(192, 27),
         }
     }
 }
@@ -122,7 +153,9 @@ pub enum DropPathKind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelConfig {
-    /// The named size; the next four keys override single numbers of it.
+    /// The named size; the next six keys override single numbers of it. A ConvNeXt takes only `dims`, `depths`,
+    /// `patch_size`, `in_channels`, `layer_scale_init`, `norm_eps`, `drop_path_rate` and `drop_path`, and refuses other
+    /// values than the defaults elsewhere.
     pub arch: Arch,
     /// Width of the tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -136,7 +169,14 @@ pub struct ModelConfig {
     /// Hidden width of the feed-forward layer over `embed_dim`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ffn_ratio: Option<f64>,
-    /// Side of a patch in pixels.
+    /// ConvNeXt: channels of the four stages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dims: Option<[usize; 4]>,
+    /// ConvNeXt: blocks of the four stages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub depths: Option<[usize; 4]>,
+    /// Side of a patch in pixels. A ConvNeXt has none: there it is the grid to which the outputs of single stages are
+    /// resized, and 0 leaves them as they are.
     pub patch_size: usize,
     /// Colour channels of the images.
     pub in_channels: usize,
@@ -150,7 +190,7 @@ pub struct ModelConfig {
     pub ffn_bias: bool,
     /// Holds the key third of the qkv bias at zero (DINOv3).
     pub mask_k_bias: bool,
-    /// Initial value of the layer scale; 0 leaves layer scale out (DINO, iBOT).
+    /// Initial value of the layer scale; 0 leaves layer scale out (DINO, iBOT). ConvNeXts had 1e-6.
     pub layer_scale_init: f64,
     /// Normalisation.
     pub norm: NormKind,
@@ -158,7 +198,7 @@ pub struct ModelConfig {
     pub norm_eps: f64,
     /// Register tokens between CLS and the patches ("storage tokens" in DINOv3).
     pub register_tokens: usize,
-    /// Whether the backbone has a mask token (everything but DINO).
+    /// Whether the backbone has a mask token (every ViT but DINO's; a ConvNeXt never has one).
     pub mask_token: bool,
     /// Position embedding.
     pub position: Position,
@@ -201,6 +241,8 @@ impl Default for ModelConfig {
             depth: None,
             num_heads: None,
             ffn_ratio: None,
+            dims: None,
+            depths: None,
             patch_size: 16,
             in_channels: 3,
             ffn: FfnKind::Mlp,
@@ -341,11 +383,86 @@ impl ModelConfig {
     /// The backbone for images of `image_size` pixels a side (the global crops), which sets a learned table's grid.
     ///
     /// # Errors
-    /// Sizes that do not fit together, each named with both values.
-    pub fn resolve(&self, image_size: usize) -> Result<VitConfig, ModelError> {
-        let (embed_dim, depth, num_heads, ratio) = self.arch.dimensions();
+    /// Sizes that do not fit together, each named with both values; values for what the architecture does not have.
+    pub fn resolve(&self, image_size: usize) -> Result<Architecture, ModelError> {
+        match self.arch.sizes() {
+            Sizes::Vit { .. } => self.vit(image_size).map(Architecture::Vit),
+            Sizes::ConvNext { dims, depths } => self.convnext(dims, depths, image_size).map(Architecture::ConvNext),
+        }
+    }
+
+    /// Keys and values; keys without a value are left out.
+    fn table(&self) -> serde_json::Map<String, Value> {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(table)) => table,
+            other => panic!("a configuration is a table of plain data, not {other:?}"),
+        }
+    }
+
+    fn convnext(&self, dims: [usize; 4], depths: [usize; 4], image_size: usize) -> Result<ConvNextConfig, ModelError> {
+        const OURS: [&str; 9] = [
+            "arch",
+            "dims",
+            "depths",
+            "patch_size",
+            "in_channels",
+            "layer_scale_init",
+            "norm_eps",
+            "drop_path_rate",
+            "drop_path",
+        ];
+        // Unless a recipe says otherwise there is a mask token: that is no wish for one.
+        let meant = |key: &str| !OURS.contains(&key) && key != "mask_token";
+        let (table, default) = (self.table(), Self::default().table());
+        let foreign: Vec<&String> =
+            table.keys().filter(|key| meant(key) && table.get(*key) != default.get(*key)).collect();
+        if !foreign.is_empty() {
+            let list = |of: &dyn Fn(&str) -> String| foreign.iter().map(|key| of(key)).collect::<Vec<_>>().join(", ");
+            let given = list(&|key| format!("`model.{key} = {}`", table[key]));
+            let plain = list(&|key| match default.get(key) {
+                Some(value) => format!("`{key} = {value}`"),
+                None => format!("no `{key}`"),
+            });
+            return Err(ModelError::config(format!(
+                "{given}: only vision transformers have this, `model.arch` is {}\n\nhint: a ConvNeXt needs {plain} in \
+                 `[model]`",
+                table["arch"]
+            )));
+        }
+        let config = ConvNextConfig {
+            in_channels: self.in_channels,
+            dims: self.dims.unwrap_or(dims),
+            depths: self.depths.unwrap_or(depths),
+            layer_scale_init: (self.layer_scale_init != 0.0).then_some(self.layer_scale_init),
+            norm_eps: self.norm_eps,
+            patch_size: (self.patch_size > 0).then_some(self.patch_size),
+            drop_path_rate: self.drop_path_rate,
+            drop_path: self.drop_path,
+        };
+        config.check()?;
+        config.grid(image_size, image_size)?;
+        Ok(config)
+    }
+
+    /// As [`resolve`](Self::resolve), where the named size must be a vision transformer's.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn vit(&self, image_size: usize) -> Result<VitConfig, ModelError> {
+        let Sizes::Vit { embed_dim, depth, num_heads, ffn_ratio } = self.arch.sizes() else {
+            let arch = &self.table()["arch"];
+            return Err(ModelError::config(format!("`model.arch` is {arch}, not a vision transformer")));
+        };
+        let table = self.table();
+        if let Some(key) = ["dims", "depths"].into_iter().find(|key| table.contains_key(*key)) {
+            return Err(ModelError::config(format!(
+                "`model.{key} = {}`: only ConvNeXts have stages, `model.arch` is {}\n\nhint: leave it out; the numbers of a \
+                 vision transformer are `embed_dim` and `depth`",
+                table[key], table["arch"]
+            )));
+        }
         let embed_dim = self.embed_dim.unwrap_or(embed_dim);
-        let ratio = self.ffn_ratio.unwrap_or(ratio);
+        let ratio = self.ffn_ratio.unwrap_or(ffn_ratio);
         let rope = match self.position {
             Position::Learned => None,
             Position::Rope => Some(RopeConfig {

@@ -6,6 +6,7 @@
 use rand::{Rng, RngExt, seq::SliceRandom};
 
 use crate::{
+    ConvNextConfig,
     config::{DropPathKind, VitConfig},
     rope::RopeDraw,
 };
@@ -36,31 +37,47 @@ impl BranchDraw {
     }
 }
 
-/// The draws of one crop group in one forward: per block, the attention branch, the feed-forward branch and RoPE.
+/// The draws of one crop group in one forward.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StochasticDraws {
-    /// Attention and feed-forward branches of each block.
-    pub branches: Vec<[BranchDraw; 2]>,
+    /// The residual branches in the order in which they are computed: two in a block of a ViT, attention and feed-forward;
+    /// one in a block of a ConvNeXt.
+    pub branches: Vec<BranchDraw>,
     /// Coordinate augmentation of each block; empty without RoPE.
     pub rope: Vec<RopeDraw>,
 }
 
 impl StochasticDraws {
-    /// Draws for a batch of `batch` crops.
+    /// Draws for a vision transformer on a batch of `batch` crops.
     pub fn draw(config: &VitConfig, batch: usize, rng: &mut impl Rng) -> Self {
-        let mut branches = Vec::with_capacity(config.depth);
+        let mut branches = Vec::with_capacity(2 * config.depth);
         let mut rope = Vec::new();
         for block in 0..config.depth {
-            let rate = match config.drop_path {
-                DropPathKind::Subset => config.drop_path_rate,
-                DropPathKind::PerSample => config.drop_path_rate * block as f64 / (config.depth.max(2) - 1) as f64,
-            };
-            branches.push([(); 2].map(|()| branch(config.drop_path, rate, batch, rng)));
+            let rate = rate(config.drop_path, config.drop_path_rate, block, config.depth);
+            branches.extend([(); 2].map(|()| branch(config.drop_path, rate, batch, rng)));
             if let Some(geometry) = &config.rope {
                 rope.push(RopeDraw::draw(geometry, rng));
             }
         }
         Self { branches, rope }
+    }
+
+    /// Draws for a ConvNeXt on a batch of `batch` crops.
+    pub fn draw_convnext(config: &ConvNextConfig, batch: usize, rng: &mut impl Rng) -> Self {
+        let blocks = config.depths.iter().sum();
+        let branches = (0..blocks).map(|block| {
+            let rate = rate(config.drop_path, config.drop_path_rate, block, blocks);
+            branch(config.drop_path, rate, batch, rng)
+        });
+        Self { branches: branches.collect(), rope: Vec::new() }
+    }
+}
+
+/// The drop rate of one of `blocks` blocks.
+fn rate(kind: DropPathKind, rate: f64, block: usize, blocks: usize) -> f64 {
+    match kind {
+        DropPathKind::Subset => rate,
+        DropPathKind::PerSample => rate * block as f64 / (blocks.max(2) - 1) as f64,
     }
 }
 

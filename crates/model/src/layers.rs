@@ -227,21 +227,25 @@ impl Block {
     }
 
     /// `x [B, N, D]` → `[B, N, D]`; `draws` are those of the attention and feed-forward branches.
-    pub fn forward(&self, x: Tensor<3>, rope: Option<&RopeTable>, draws: &[BranchDraw; 2]) -> Tensor<3> {
-        let x = branch(x, &draws[0], self.ls1.as_ref(), |x| self.attn.forward(self.norm1.forward_tokens(x), rope));
-        branch(x, &draws[1], self.ls2.as_ref(), |x| on_rows(x, |rows| self.mlp.forward(self.norm2.forward(rows))))
+    ///
+    /// # Panics
+    /// If there are not two draws.
+    pub fn forward(&self, x: Tensor<3>, rope: Option<&RopeTable>, draws: &[BranchDraw]) -> Tensor<3> {
+        let [attention, feed_forward] = draws else { panic!("{} draws for the two branches of a block", draws.len()) };
+        let gamma = |scale: &Option<LayerScale>| scale.as_ref().map(|scale| scale.gamma.val());
+        let x = branch(x, attention, gamma(&self.ls1), |x| self.attn.forward(self.norm1.forward_tokens(x), rope));
+        branch(x, feed_forward, gamma(&self.ls2), |x| on_rows(x, |rows| self.mlp.forward(self.norm2.forward(rows))))
     }
 }
 
 /// `x + gamma·f(x)`, under a draw of stochastic depth.
-fn branch(
+pub(crate) fn branch(
     x: Tensor<3>,
     draw: &BranchDraw,
-    scale: Option<&LayerScale>,
+    gamma: Option<Tensor<1>>,
     f: impl FnOnce(Tensor<3>) -> Tensor<3>,
 ) -> Tensor<3> {
     let [batch, tokens, dim] = x.dims();
-    let gamma = scale.map(|scale| scale.gamma.val());
     let scaled = |y: Tensor<3>| match &gamma {
         Some(gamma) => y * gamma.clone().unsqueeze(),
         None => y,

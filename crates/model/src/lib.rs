@@ -1,9 +1,12 @@
 //! Vision backbones and projection heads, with the references' parameter names.
 //!
-//! A [`Vit`] is the backbone of DINO, iBOT, DINOv2 and DINOv3, depending on its [`VitConfig`]; a [`ProjectionHead`] maps
-//! its tokens to prototypes. Nothing here draws randomness that was not passed in, and nothing but [`weights`] does I/O.
+//! A [`Backbone`] is what its [`Architecture`] says: a [`Vit`], the backbone of DINO, iBOT, DINOv2 and DINOv3 depending on
+//! its [`VitConfig`], or a [`ConvNext`], which DINOv3 distils into. A [`ProjectionHead`] maps its tokens to prototypes.
+//! Nothing here draws randomness that was not passed in, and nothing but [`weights`] does I/O.
 
+mod backbone;
 pub mod config;
+mod convnext;
 mod draws;
 mod head;
 mod init;
@@ -14,7 +17,9 @@ mod rope;
 mod vit;
 pub mod weights;
 
+pub use backbone::{Architecture, Backbone};
 pub use config::{Arch, ModelConfig, VitConfig};
+pub use convnext::{ConvNext, ConvNextBlock, ConvNextConfig, Convolution};
 pub use draws::{BranchDraw, StochasticDraws};
 pub use head::{HeadConfig, HeadNorm, ProjectionHead, Prototypes};
 pub use layers::{Block, Ffn, LayerScale, Linear, Norm, SelfAttention};

@@ -67,11 +67,11 @@ pub struct Features {
     pub registers: Option<Tensor<3>>,
     /// Patch tokens after the final norm, `[B, P, D]`.
     pub patches: Tensor<3>,
-    /// All tokens before the final norm, `[B, N, D]`.
+    /// All tokens before the final norm, `[B, N, D]`; of a ConvNeXt the patch tokens, `[B, P, D]`.
     pub prenorm: Tensor<3>,
 }
 
-/// Tokens of one intermediate block.
+/// Tokens of one intermediate block or stage, `D` being its width.
 #[derive(Clone, Debug)]
 pub struct LayerFeatures {
     /// `[B, D]`.
@@ -227,14 +227,14 @@ impl Vit {
         let prefix = 1 + self.config.register_tokens;
         let table = |draw: &RopeDraw| self.rope.as_ref().map(|rope| rope.table(grid, prefix, draw, &device));
         let still = if draws.is_none() { table(&RopeDraw::NONE) } else { None };
-        const KEEP: [BranchDraw; 2] = [BranchDraw::Keep, BranchDraw::Keep];
+        const KEEP: &[BranchDraw] = &[BranchDraw::Keep, BranchDraw::Keep];
         let mut x = self.tokens(images, mask, grid);
         for (i, block) in self.blocks.iter().enumerate() {
             x = match draws {
-                None => block.forward(x, still.as_ref(), &KEEP),
+                None => block.forward(x, still.as_ref(), KEEP),
                 Some(draws) => {
                     let turned = draws.rope.get(i).and_then(table);
-                    block.forward(x, turned.as_ref(), &draws.branches[i])
+                    block.forward(x, turned.as_ref(), &draws.branches[2 * i..2 * i + 2])
                 }
             };
             after(i, &x);

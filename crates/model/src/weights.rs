@@ -1,6 +1,6 @@
 //! Weight files: safetensors with the references' parameter names, and what is needed to use them without a recipe.
 //!
-//! The header's metadata carries the backbone's complete [`VitConfig`] and the run it came from, so that evaluation needs
+//! The header's metadata carries the backbone's complete [`Architecture`] and the run it came from, so that evaluation needs
 //! the file alone. A load covers every tensor or is an error that lists what is missing, extra, or of another shape.
 
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::{ModelError, Vit, VitConfig, layers, parameters};
+use crate::{Architecture, Backbone, ConvNextConfig, ModelError, VitConfig, layers, parameters};
 
 /// What can go wrong with a weight file.
 #[derive(Debug, thiserror::Error)]
@@ -163,7 +163,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 #[serde(deny_unknown_fields)]
 pub struct Description {
     /// The backbone.
-    pub architecture: VitConfig,
+    pub architecture: Architecture,
     /// Side of the global crops it was trained on, in pixels: the size at which to evaluate it by default.
     pub image_size: usize,
     /// Mean of the colour channels that images were normalised with, on [0, 1].
@@ -193,15 +193,28 @@ pub struct Provenance {
 const DESCRIPTION_KEY: &str = "dinoxide";
 
 /// The name a parameter has in the reference's checkpoints; they differ from ours for one token.
-fn reference_name(config: &VitConfig, name: &str) -> String {
-    if config.rope.is_some() && name == "register_tokens" { "storage_tokens".to_owned() } else { name.to_owned() }
+fn reference_name(architecture: &Architecture, name: &str) -> String {
+    match architecture {
+        Architecture::Vit(config) if config.rope.is_some() && name == "register_tokens" => "storage_tokens".to_owned(),
+        _ => name.to_owned(),
+    }
+}
+
+/// Second names of tensors in the reference's checkpoints, each with the first. DINOv3 lists the norm of each stage of a
+/// ConvNeXt, and that of the last is the final norm.
+fn aliases(architecture: &Architecture) -> &'static [(&'static str, &'static str)] {
+    match architecture {
+        Architecture::Vit(_) => &[],
+        Architecture::ConvNext(_) => &[("norms.3.weight", "norm.weight"), ("norms.3.bias", "norm.bias")],
+    }
 }
 
 /// Buffers that DINOv3's checkpoints carry: computed, not trained.
-fn buffers(backbone: &Vit) -> Vec<(String, Vec<f32>)> {
-    let config = backbone.config();
+fn buffers(backbone: &Backbone) -> Vec<(String, Vec<f32>)> {
     let mut buffers = Vec::new();
-    if let Some(rope) = backbone.rope() {
+    let Backbone::Vit(vit) = backbone else { return buffers };
+    let config = vit.config();
+    if let Some(rope) = vit.rope() {
         buffers.push(("rope_embed.periods".to_owned(), rope.periods()));
     }
     if config.mask_k_bias && config.qkv_bias {
@@ -216,12 +229,17 @@ fn buffers(backbone: &Vit) -> Vec<(String, Vec<f32>)> {
 ///
 /// # Panics
 /// If a parameter cannot be read back from the device.
-pub fn backbone_file(backbone: &Vit, description: &Description) -> WeightFile {
+pub fn backbone_file(backbone: &Backbone, description: &Description) -> WeightFile {
     let mut tensors = BTreeMap::new();
+    let architecture = backbone.architecture();
     parameters::visit(backbone, |name, shape, value| {
         let weight = Weight { shape: shape.to_vec(), values: host(value) };
-        tensors.insert(reference_name(backbone.config(), name), weight);
+        tensors.insert(reference_name(&architecture, name), weight);
     });
+    for (alias, name) in aliases(&architecture) {
+        let weight: Weight = tensors[*name].clone();
+        tensors.insert((*alias).to_owned(), weight);
+    }
     for (name, values) in buffers(backbone) {
         tensors.insert(name, Weight { shape: vec![values.len()], values });
     }
@@ -243,7 +261,7 @@ pub fn host(value: Tensor<1>) -> Vec<f32> {
 ///
 /// # Errors
 /// A file that cannot be read, does not describe its backbone, or does not cover it exactly.
-pub fn load_backbone(path: &Path, device: &Device) -> Result<(Vit, Description), WeightError> {
+pub fn load_backbone(path: &Path, device: &Device) -> Result<(Backbone, Description), WeightError> {
     let mut file = WeightFile::read(path)?;
     let not = |reason: String| WeightError::NotABackbone { path: path.to_owned(), reason };
     let json = file
@@ -260,9 +278,17 @@ pub fn load_backbone(path: &Path, device: &Device) -> Result<(Vit, Description),
         return Err(not(format!("it describes a model of {} parameters and holds {needed}", parameter_count(config))));
     }
     // Every value is replaced below; the stream only fills memory.
-    let backbone = Vit::new(config, device, &mut dinoxide_random::stream(0, dinoxide_random::Purpose::Init, 0, 0));
+    let backbone = Backbone::new(config, device, &mut dinoxide_random::stream(0, dinoxide_random::Purpose::Init, 0, 0));
 
     let mut differences = Vec::new();
+    for (alias, name) in aliases(config) {
+        // A file may lack the second name, but not contradict the first.
+        if let Some(found) = file.tensors.remove(*alias)
+            && file.tensors.get(*name).is_some_and(|first| *first != found)
+        {
+            differences.push(format!("  `{alias}` is not equal to `{name}`, of which it is another name"));
+        }
+    }
     for (name, values) in buffers(&backbone) {
         // A buffer is computed from the description; a file may lack it, but not contradict it.
         if let Some(found) = file.tensors.remove(&name)
@@ -297,7 +323,22 @@ pub fn load_backbone(path: &Path, device: &Device) -> Result<(Vit, Description),
 
 /// A lower bound of a backbone's parameters, from its description alone: what a hostile file must be checked against
 /// before anything of that size is allocated.
-fn parameter_count(config: &VitConfig) -> usize {
+fn parameter_count(architecture: &Architecture) -> usize {
+    match architecture {
+        Architecture::Vit(config) => vit_parameters(config),
+        Architecture::ConvNext(config) => convnext_parameters(config),
+    }
+}
+
+fn convnext_parameters(config: &ConvNextConfig) -> usize {
+    let stages = config.dims.iter().zip(config.depths);
+    let stages = stages.map(|(dim, depth)| dim.saturating_mul(dim.saturating_mul(8) + 49).saturating_mul(depth));
+    let transitions = config.dims.windows(2).map(|pair| pair[0].saturating_mul(pair[1]).saturating_mul(4));
+    let stem = config.dims[0].saturating_mul(config.in_channels).saturating_mul(16);
+    stages.chain(transitions).fold(stem, usize::saturating_add)
+}
+
+fn vit_parameters(config: &VitConfig) -> usize {
     let block =
         config.embed_dim.saturating_mul(config.embed_dim.saturating_mul(4) + config.ffn_hidden.saturating_mul(2));
     let patch =

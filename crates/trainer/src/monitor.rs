@@ -8,7 +8,7 @@ use burn::tensor::Device;
 use dinoxide_augmentation::AugmentationConfig;
 use dinoxide_data::{DecodeLimits, Rejected, Source, open};
 use dinoxide_evaluation::{EvaluationError, Extraction, FeatureSource, KnnConfig, Token, extract, knn, spectrum};
-use dinoxide_model::Vit;
+use dinoxide_model::Backbone;
 
 use crate::error::TrainError;
 use crate::metrics::KnnLine;
@@ -144,7 +144,7 @@ impl Monitor {
     /// Features that are not finite, or too few readable images.
     pub fn run(
         &self,
-        backbone: &Vit,
+        backbone: &Backbone,
         device: &Device,
         progress: &mut dyn FnMut(usize),
         rejected: &mut Vec<Rejected>,
@@ -167,7 +167,7 @@ impl Monitor {
             train_data: self.names.0.clone(),
             val_data: self.names.1.clone(),
             tokens: vec![Token::Cls],
-            layers: vec![backbone.config().depth - 1],
+            layers: vec![backbone.architecture().layers() - 1],
             final_norm: true,
             resize_px: self.extraction.resize_px,
             crop_px: self.extraction.crop_px,

@@ -2,14 +2,14 @@
 
 use burn::module::Module;
 use burn::tensor::{Bool, Device, Tensor};
-use dinoxide_model::{CropGroup, Features, HeadConfig, ProjectionHead, StochasticDraws, Vit, VitConfig};
+use dinoxide_model::{Architecture, Backbone, CropGroup, Features, HeadConfig, ProjectionHead, StochasticDraws};
 use rand::Rng;
 
 /// Backbone and projection heads.
 #[derive(Module, Debug)]
 pub struct Network {
     /// The backbone.
-    pub backbone: Vit,
+    pub backbone: Backbone,
     /// The head of CLS tokens, and of patch tokens where there is no head of their own.
     pub dino_head: ProjectionHead,
     /// The head of patch tokens.
@@ -22,15 +22,15 @@ pub const SUBMODULES: [&str; 3] = ["backbone", "dino_head", "ibot_head"];
 impl Network {
     /// A network with fresh weights. `ibot_head` is `None` when patch tokens share the head of CLS tokens.
     pub fn new(
-        backbone: &VitConfig,
+        backbone: &Architecture,
         dino_head: &HeadConfig,
         ibot_head: Option<&HeadConfig>,
         device: &Device,
         rng: &mut impl Rng,
     ) -> Self {
-        let dim = backbone.embed_dim;
+        let dim = backbone.embed_dim();
         Self {
-            backbone: Vit::new(backbone, device, rng),
+            backbone: Backbone::new(backbone, device, rng),
             dino_head: ProjectionHead::new(dim, dino_head, device, rng),
             ibot_head: ibot_head.map(|head| ProjectionHead::new(dim, head, device, rng)),
         }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use dinoxide_model::parameters;
+use dinoxide_model::{Architecture, parameters};
 use serde::{Deserialize, Serialize};
 
 use crate::network::{Network, SUBMODULES};
@@ -142,7 +142,11 @@ impl AdamW {
     pub fn new(config: &OptimConfig, network: &Network, device: &Device) -> Self {
         let mut groups = BTreeMap::new();
         let mut moments = BTreeMap::new();
-        let depth = network.backbone.config().depth;
+        // A ConvNeXt's learning rate does not fall with depth, as in the reference.
+        let depth = match network.backbone.architecture() {
+            Architecture::Vit(config) => config.depth,
+            Architecture::ConvNext(_) => 0,
+        };
         for (name, shape) in parameters::shapes(network) {
             let (submodule, inner) = split(&name);
             groups.insert(name.clone(), group(inner, if submodule == "backbone" { depth } else { 0 }, config));

@@ -6,7 +6,7 @@
 
 use dinoxide_augmentation::{AugmentationConfig, MaskConfig, MaskStyle};
 use dinoxide_data::DataConfig;
-use dinoxide_model::{HeadConfig, ModelConfig, VitConfig};
+use dinoxide_model::{Architecture, HeadConfig, ModelConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::duration::Duration;
@@ -148,7 +148,7 @@ pub struct Recipe {
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The backbone.
-    pub backbone: VitConfig,
+    pub backbone: Architecture,
     /// Every schedule.
     pub schedule: Schedule,
     /// Images in the data.
@@ -179,6 +179,9 @@ impl Recipe {
         }
         let batch = self.train.batch_size;
         self.check_sizes(&backbone)?;
+        if let Architecture::ConvNext(_) = backbone {
+            self.check_convnext()?;
+        }
         self.check_losses()?;
         let steps = self.train.length.steps(batch, samples);
         if steps == 0 {
@@ -203,7 +206,7 @@ impl Recipe {
         })
     }
 
-    fn check_sizes(&self, backbone: &VitConfig) -> Result<(), TrainError> {
+    fn check_sizes(&self, backbone: &Architecture) -> Result<(), TrainError> {
         let invalid = |message: String| Err(TrainError::Recipe(message));
         if self.model.in_channels != 3 {
             return invalid(format!(
@@ -340,6 +343,26 @@ impl Recipe {
             return invalid(format!("`{key}` is {value}, must lie between 0 and 1"));
         }
         Ok(())
+    }
+
+    /// What a ConvNeXt cannot do is an error, not left out.
+    fn check_convnext(&self) -> Result<(), TrainError> {
+        let values = [
+            (
+                "loss.ibot_weight",
+                self.loss.ibot_weight,
+                0.0,
+                "has no mask token, so it would see the patches it is asked for",
+            ),
+            ("optim.layerwise_decay", self.optim.layerwise_decay, 1.0, "has the same learning rate in every block"),
+            ("optim.patch_embed_lr_mult", self.optim.patch_embed_lr_mult, 1.0, "has no patch embedding"),
+        ];
+        match values.into_iter().find(|(_, value, needed, _)| value != needed) {
+            None => Ok(()),
+            Some((key, value, needed, why)) => Err(TrainError::Recipe(format!(
+                "`{key}` is {value} and `model.arch` a ConvNeXt, which {why}\n\nhint: set `{key} = {needed:?}`"
+            ))),
+        }
     }
 
     /// Size of the images in evaluations, in pixels.

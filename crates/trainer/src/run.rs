@@ -19,7 +19,6 @@ use dinoxide_augmentation::{Crops, MultiCrop, batch_masks};
 use dinoxide_config::{Resolved, difference};
 use dinoxide_data::{DataError, Drawn, Loader, Rejected, SampleReader, Source};
 use dinoxide_evaluation::EvaluationError;
-use dinoxide_model::StochasticDraws;
 use dinoxide_model::weights::{Description, Provenance, backbone_file, write_atomically};
 use dinoxide_random::{Purpose, epoch_view, stream};
 
@@ -436,9 +435,10 @@ impl<'a> Run<'a> {
             samples.push((id, crops));
         }
         self.progress.bad_images.check(self.source.len(), config.data.max_bad_share)?;
-        let side = config.augmentation.global_crop_size / self.plan.backbone.patch_size;
+        let size = config.augmentation.global_crop_size;
+        let grid = self.plan.backbone.grid(size, size).expect("the plan has checked the size of the crops");
         let mut rng = stream(config.train.seed, Purpose::Mask, self.state.step, 0);
-        let masks = batch_masks(2 * samples.len(), (side, side), &config.mask, &mut rng);
+        let masks = batch_masks(2 * samples.len(), grid, &config.mask, &mut rng);
         Ok(Batch::new(&samples, masks, config.augmentation.mean, config.augmentation.std, self.device))
     }
 
@@ -451,7 +451,7 @@ impl<'a> Run<'a> {
                 let samples = (part + 1) * batch / parts - part * batch / parts;
                 [(0, 2), (1, locals)].map(|(group, crops)| {
                     let mut rng = stream(self.config.train.seed, Purpose::Forward, step, 2 * part as u64 + group);
-                    StochasticDraws::draw(&self.plan.backbone, crops * samples, &mut rng)
+                    self.plan.backbone.draw(crops * samples, &mut rng)
                 })
             })
             .collect()

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Bool, Device, Int, Tensor, s};
 use dinoxide_losses::{Loss, center::Center, dino, ibot, koleo, sinkhorn::sinkhorn_knopp};
-use dinoxide_model::{CropGroup, HeadConfig, StochasticDraws, VitConfig, weights::host};
+use dinoxide_model::{Architecture, CropGroup, HeadConfig, StochasticDraws, parameters, weights::host};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -107,7 +107,7 @@ impl TrainState {
     ///
     /// `device` is a plain device; the student lives on its autodiff twin.
     pub fn new(
-        backbone: &VitConfig,
+        backbone: &Architecture,
         dino_head: &HeadConfig,
         ibot_head: Option<&HeadConfig>,
         optim: &OptimConfig,
@@ -507,7 +507,7 @@ fn total(losses: &LossValues, config: &LossConfig, batch: &Batch) -> f64 {
 /// Runs backward and adds the gradients by name.
 fn accumulate(gradients: &mut Gradients, student: &Network, objective: Option<Tensor<1>>) {
     struct Collect<'a> {
-        path: Vec<String>,
+        path: parameters::Path,
         grads: &'a burn::tensor::Gradients,
         into: &'a mut Gradients,
     }
@@ -515,7 +515,7 @@ fn accumulate(gradients: &mut Gradients, student: &Network, objective: Option<Te
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             if let Some(gradient) = param.val().grad(self.grads) {
                 let gradient = gradient.reshape([-1]);
-                let name = self.path.join(".");
+                let name = self.path.name();
                 let gradient = match self.into.remove(&name) {
                     Some(sum) => sum + gradient,
                     None => gradient,
@@ -523,16 +523,16 @@ fn accumulate(gradients: &mut Gradients, student: &Network, objective: Option<Te
                 self.into.insert(name, gradient);
             }
         }
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.path.push(name.to_owned());
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.path.enter(name, container);
         }
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.path.pop();
+        fn exit_module(&mut self, _name: &str, container: &str) {
+            self.path.exit(container);
         }
     }
     if let Some(objective) = objective {
         let grads = objective.backward();
-        student.visit(&mut Collect { path: Vec::new(), grads: &grads, into: gradients });
+        student.visit(&mut Collect { path: parameters::Path::default(), grads: &grads, into: gradients });
     }
 }
 

@@ -35,21 +35,21 @@ pub(crate) fn gradient<const D: usize>(tensor: &Tensor<D>, gradients: &Gradients
 pub(crate) fn gradients<M: Module>(module: &M, gradients: &Gradients) -> BTreeMap<String, Array> {
     struct Visitor<'a> {
         gradients: &'a Gradients,
-        path: Vec<String>,
+        path: parameters::Path,
         found: BTreeMap<String, Array>,
     }
     impl ModuleVisitor for Visitor<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.found.insert(self.path.join("."), gradient(&param.val(), self.gradients));
+            self.found.insert(self.path.name(), gradient(&param.val(), self.gradients));
         }
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.path.push(name.to_owned());
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.path.enter(name, container);
         }
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.path.pop();
+        fn exit_module(&mut self, _name: &str, container: &str) {
+            self.path.exit(container);
         }
     }
-    let mut visitor = Visitor { gradients, path: Vec::new(), found: BTreeMap::new() };
+    let mut visitor = Visitor { gradients, path: parameters::Path::default(), found: BTreeMap::new() };
     module.visit(&mut visitor);
     visitor.found
 }

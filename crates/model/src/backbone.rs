@@ -1,0 +1,188 @@
+//! One type for every backbone, and for what describes it: what training, evaluation and weight files speak to.
+
+use std::fmt::{self, Display, Formatter};
+
+use burn::module::Module;
+use burn::tensor::{Bool, Device, Tensor};
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    ConvNext, ConvNextConfig, CropGroup, Features, LayerFeatures, ModelError, StochasticDraws, Vit, VitConfig, convnext,
+};
+
+/// The complete description of a backbone; nothing in it is implied.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "family", rename_all = "lowercase")]
+pub enum Architecture {
+    /// A vision transformer.
+    Vit(VitConfig),
+    /// A ConvNeXt.
+    ConvNext(ConvNextConfig),
+}
+
+impl Architecture {
+    /// Width of the tokens after the last layer.
+    pub fn embed_dim(&self) -> usize {
+        match self {
+            Self::Vit(config) => config.embed_dim,
+            Self::ConvNext(config) => config.dims[3],
+        }
+    }
+
+    /// Colour channels of the images.
+    pub fn in_channels(&self) -> usize {
+        match self {
+            Self::Vit(config) => config.in_channels,
+            Self::ConvNext(config) => config.in_channels,
+        }
+    }
+
+    /// Layers whose tokens [`Backbone::forward_layers`] gives: the blocks of a ViT, the four stages of a ConvNeXt.
+    pub fn layers(&self) -> usize {
+        match self {
+            Self::Vit(config) => config.depth,
+            Self::ConvNext(config) => config.dims.len(),
+        }
+    }
+
+    /// Side of the square of pixels that a patch token stands for.
+    pub fn stride(&self) -> usize {
+        match self {
+            Self::Vit(config) => config.patch_size,
+            Self::ConvNext(_) => convnext::STRIDE,
+        }
+    }
+
+    /// The grid of patch tokens `(rows, columns)` of an image of `height × width` pixels.
+    ///
+    /// # Errors
+    /// A side that the backbone cannot take.
+    pub fn grid(&self, height: usize, width: usize) -> Result<(usize, usize), ModelError> {
+        match self {
+            Self::Vit(config) => config.grid(height, width),
+            Self::ConvNext(config) => config.grid(height, width),
+        }
+    }
+
+    /// Checks that the numbers fit together. An architecture read from a file must pass before anything is built.
+    ///
+    /// # Errors
+    /// The first relation that does not hold, with both values.
+    pub fn check(&self) -> Result<(), ModelError> {
+        match self {
+            Self::Vit(config) => config.check(),
+            Self::ConvNext(config) => config.check(),
+        }
+    }
+
+    /// The random draws of a training forward on `batch` crops.
+    pub fn draw(&self, batch: usize, rng: &mut impl Rng) -> StochasticDraws {
+        match self {
+            Self::Vit(config) => StochasticDraws::draw(config, batch, rng),
+            Self::ConvNext(config) => StochasticDraws::draw_convnext(config, batch, rng),
+        }
+    }
+}
+
+impl From<VitConfig> for Architecture {
+    fn from(config: VitConfig) -> Self {
+        Self::Vit(config)
+    }
+}
+
+impl From<ConvNextConfig> for Architecture {
+    fn from(config: ConvNextConfig) -> Self {
+        Self::ConvNext(config)
+    }
+}
+
+impl Display for Architecture {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vit(config) => {
+                let VitConfig { embed_dim, depth, num_heads, patch_size, .. } = config;
+                let position = if config.rope.is_some() { "RoPE" } else { "learned positions" };
+                write!(f, "ViT {embed_dim} wide, {depth} deep, {num_heads} heads, patch {patch_size}, {position}")?;
+                match config.register_tokens {
+                    0 => Ok(()),
+                    count => write!(f, ", {count} registers"),
+                }
+            }
+            Self::ConvNext(config) => {
+                let list = |values: [usize; 4]| values.map(|value| value.to_string()).join("-");
+                write!(f, "ConvNeXt {} wide, {} deep", list(config.dims), list(config.depths))
+            }
+        }
+    }
+}
+
+/// A backbone: images in, a CLS token and patch tokens out.
+///
+/// Its parameters are named as in the reference of its family; see [`parameters`](crate::parameters).
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a run has a handful of backbones, and their tensors are elsewhere")]
+pub enum Backbone {
+    /// A vision transformer.
+    Vit(Vit),
+    /// A ConvNeXt.
+    ConvNext(ConvNext),
+}
+
+impl Backbone {
+    /// A backbone with fresh weights. `architecture` must have passed [`Architecture::check`].
+    pub fn new(architecture: &Architecture, device: &Device, rng: &mut impl Rng) -> Self {
+        match architecture {
+            Architecture::Vit(config) => Self::Vit(Vit::new(config, device, rng)),
+            Architecture::ConvNext(config) => Self::ConvNext(ConvNext::new(config, device, rng)),
+        }
+    }
+
+    /// What this backbone is.
+    pub fn architecture(&self) -> Architecture {
+        match self {
+            Self::Vit(vit) => Architecture::Vit(vit.config().clone()),
+            Self::ConvNext(convnext) => Architecture::ConvNext(convnext.config().clone()),
+        }
+    }
+
+    /// Features of `images`, as the teacher and every evaluation compute them. A ConvNeXt ignores the mask, as in DINOv3.
+    ///
+    /// # Shapes
+    /// `images [B, C, H, W]`, sides that [`Architecture::grid`] accepts; `mask [B, P]`, true = masked.
+    pub fn forward(&self, images: Tensor<4>, mask: Option<Tensor<2, Bool>>) -> Features {
+        match self {
+            Self::Vit(vit) => vit.forward(images, mask),
+            Self::ConvNext(convnext) => convnext.forward(images),
+        }
+    }
+
+    /// The student's forward: under given draws, made for this batch size. A ConvNeXt ignores the mask, as in DINOv3.
+    ///
+    /// # Shapes
+    /// As [`forward`](Self::forward).
+    pub fn forward_train(
+        &self,
+        images: Tensor<4>,
+        mask: Option<Tensor<2, Bool>>,
+        group: CropGroup,
+        draws: &StochasticDraws,
+    ) -> Features {
+        match self {
+            Self::Vit(vit) => vit.forward_train(images, mask, group, draws),
+            Self::ConvNext(convnext) => convnext.forward_train(images, draws),
+        }
+    }
+
+    /// Tokens after the given layers (indices from 0), in ascending order; with `norm`, after the final norm, which in a
+    /// ConvNeXt is that of the last stage alone.
+    ///
+    /// # Shapes
+    /// As [`forward`](Self::forward).
+    pub fn forward_layers(&self, images: Tensor<4>, layers: &[usize], norm: bool) -> Vec<LayerFeatures> {
+        match self {
+            Self::Vit(vit) => vit.forward_layers(images, layers, norm),
+            Self::ConvNext(convnext) => convnext.forward_layers(images, layers, norm),
+        }
+    }
+}
