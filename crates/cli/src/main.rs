@@ -2,6 +2,7 @@
 
 mod device;
 mod eval;
+mod export;
 mod inspect;
 mod recipes;
 mod table;
@@ -11,6 +12,7 @@ mod train;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use dinoxide_exchange::ExchangeError;
 
 /// Tensors of a step are allocated and freed by the thousand; giving their memory back to the system and asking for it
 /// again costs more than the work on the small ones.
@@ -32,8 +34,10 @@ enum Command {
     /// Measure what a trained backbone's features are worth.
     #[command(subcommand)]
     Eval(eval::Command),
-    /// Show what a weight file holds: architecture, origin, parameters.
+    /// Show what weights hold: architecture, origin, parameters, whether they are whole.
     Inspect(inspect::Args),
+    /// Write a backbone for another library: Hugging Face, the DINO repositories, timm.
+    Export(export::Args),
     /// List the recipes, or show one with every value and where it comes from.
     Recipes(recipes::Args),
 }
@@ -64,13 +68,15 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Eval(command) => eval::run(&command),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Recipes(args) => recipes::run(&args),
     });
     match outcome {
         Ok(code) => code,
         Err(error) => {
             terminal::error(&error);
-            ExitCode::from(if error.is::<Usage>() { exit::USAGE } else { exit::FAILURE })
+            let usage = error.is::<Usage>() || error.downcast_ref::<ExchangeError>().is_some_and(ExchangeError::is_usage);
+            ExitCode::from(if usage { exit::USAGE } else { exit::FAILURE })
         }
     }
 }
