@@ -147,7 +147,11 @@ impl Setup {
         let provenance = &self.description.provenance;
         let backbone = common.weights.display().to_string();
         FeatureSource {
-            backbone: if provenance.is_known() { format!("{backbone}, after {} steps", provenance.steps) } else { backbone },
+            backbone: if provenance.is_known() {
+                format!("{backbone}, after {} steps", provenance.steps)
+            } else {
+                backbone
+            },
             train_data: common.train.clone(),
             val_data: common.val.clone(),
             tokens,

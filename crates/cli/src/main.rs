@@ -75,7 +75,8 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             terminal::error(&error);
-            let usage = error.is::<Usage>() || error.downcast_ref::<ExchangeError>().is_some_and(ExchangeError::is_usage);
+            let usage =
+                error.is::<Usage>() || error.downcast_ref::<ExchangeError>().is_some_and(ExchangeError::is_usage);
             ExitCode::from(if usage { exit::USAGE } else { exit::FAILURE })
         }
     }

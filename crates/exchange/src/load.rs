@@ -71,6 +71,9 @@ const IMAGENET: ([f32; 3], [f32; 3]) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.
 /// Side of the images that the papers evaluate on.
 const IMAGE_SIZE: usize = 224;
 
+/// Most colour channels: hyperspectral images have some hundreds.
+const MAX_CHANNELS: usize = 1024;
+
 /// Loads the backbone in a file or folder, whatever library wrote it.
 ///
 /// # Errors
@@ -98,7 +101,7 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded, ExchangeError> {
     }
     .map_err(bad)?;
 
-    let description = match &source.description {
+    let description: Description = match &source.description {
         Some(json) => serde_json::from_str(json)
             .map_err(|e| bad(format!("its description of the backbone is not readable: {e}")))?,
         None => {
@@ -111,6 +114,10 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded, ExchangeError> {
         && let Architecture::Vit(config) = &description.architecture
     {
         reference::fold_buffers(&mut tensors, config.mask_k_bias).map_err(bad)?;
+    }
+    let channels = description.architecture.in_channels();
+    if channels > MAX_CHANNELS {
+        return Err(bad(format!("its images would have {channels} channels, at most {MAX_CHANNELS} are supported")));
     }
     let assembly = |source: AssemblyError| ExchangeError::Assembly { path: path.to_owned(), source };
     let backbone = assemble(&description.architecture, tensors, device).map_err(assembly)?;

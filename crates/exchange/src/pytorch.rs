@@ -93,28 +93,30 @@ fn check(path: &Path, length: u64) -> Result<Option<String>, String> {
 /// Writes `tensors` as a flat dictionary in single precision.
 pub(crate) fn write(file: &File, tensors: &Tensors, description: &str) -> std::io::Result<()> {
     let mut archive = ZipWriter::new(BufWriter::new(file));
-    let mut entry = |archive: &mut ZipWriter<_>, name: &str, length: usize| {
-        let options = SimpleFileOptions::default()
-            .compression_method(CompressionMethod::Stored)
-            .large_file(length >= u32::MAX as usize);
-        // Aligned as PyTorch aligns, so that it can map the file into memory.
-        archive.start_file(format!("{ROOT}/{name}"), options.with_alignment(64)).map_err(std::io::Error::from)
-    };
     let text = [("data.pkl", pickle(tensors)), ("byteorder", b"little".to_vec()), (DESCRIPTION, description.into())];
     for (name, bytes) in text {
-        entry(&mut archive, name, bytes.len())?;
+        start(&mut archive, name, bytes.len())?;
         archive.write_all(&bytes)?;
     }
     for (key, weight) in tensors.values().enumerate() {
-        entry(&mut archive, &format!("data/{key}"), size_of_val(weight.values.as_slice()))?;
+        start(&mut archive, &format!("data/{key}"), size_of_val(weight.values.as_slice()))?;
         write_values(&mut archive, &weight.values)?;
     }
-    entry(&mut archive, "version", 2)?;
+    start(&mut archive, "version", 2)?;
     archive.write_all(b"3\n")?;
     archive.finish().map_err(std::io::Error::from)?.flush()
 }
 
-fn write_values(to: &mut (impl Write + Seek), values: &[f32]) -> std::io::Result<()> {
+/// Begins an entry, aligned as PyTorch aligns, so that it can map the file into memory.
+fn start(archive: &mut ZipWriter<impl Write + Seek>, name: &str, length: usize) -> std::io::Result<()> {
+    let options = SimpleFileOptions::default()
+        .compression_method(CompressionMethod::Stored)
+        .large_file(length >= u32::MAX as usize)
+        .with_alignment(64);
+    archive.start_file(format!("{ROOT}/{name}"), options).map_err(std::io::Error::from)
+}
+
+fn write_values(to: &mut impl Write, values: &[f32]) -> std::io::Result<()> {
     for part in values.chunks(1 << 14) {
         let bytes: Vec<u8> = part.iter().flat_map(|value| value.to_le_bytes()).collect();
         to.write_all(&bytes)?;

@@ -169,7 +169,7 @@ impl Source {
             bytes += shard.bytes;
             description = description.or(shard.description);
             for (tensor, stored) in shard.tensors {
-                if map.get(&tensor).and_then(Value::as_str) != Some(name) {
+                if map.get(&tensor).and_then(Value::as_str) != Some(name.as_str()) {
                     return Err(bad(format!("`{tensor}` is in `{name}`, the index has it elsewhere or not at all")));
                 }
                 tensors.insert(tensor, stored);

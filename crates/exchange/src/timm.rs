@@ -35,7 +35,7 @@ pub(crate) fn vit(tensors: Tensors) -> Result<(Tensors, Hints), String> {
             let &[one, slots, dim] = table.shape.as_slice() else {
                 return Err(format!("`pos_embed` is {:?}, expected 3 axes", table.shape));
             };
-            if slots.isqrt().pow(2) != slots {
+            if slots == 0 || slots.isqrt().pow(2) != slots {
                 return Err(format!(
                     "`pos_embed` has {slots} slots and there are registers: positions of CLS or registers are not supported"
                 ));
@@ -51,10 +51,14 @@ pub(crate) fn vit(tensors: Tensors) -> Result<(Tensors, Hints), String> {
         let name = |rest: &str| format!("blocks.{index}.{rest}");
         let mut take = |rest: &str| tensors.remove(&name(rest));
         let mut found = Vec::new();
-        if let (Some(q), Some(v)) = (take("attn.q_bias"), take("attn.v_bias")) {
-            hints.mask_k_bias = true;
-            let bias = concatenate(&[&q, &constant(q.shape.clone(), 0.0), &v]);
-            found.push(("attn.qkv.bias".to_owned(), bias.map_err(|e| format!("block {index}: {e}"))?));
+        match (take("attn.q_bias"), take("attn.v_bias")) {
+            (Some(q), Some(v)) => {
+                hints.mask_k_bias = true;
+                let bias = concatenate(&[&q, &constant(q.shape.clone(), 0.0), &v]);
+                found.push(("attn.qkv.bias".to_owned(), bias.map_err(|e| format!("block {index}: {e}"))?));
+            }
+            (None, None) => {}
+            _ => return Err(format!("block {index}: a bias of queries or of values is there, and not the other")),
         }
         for kind in ["weight", "bias"] {
             let mut rename = |from: &str, to: &str| {

@@ -48,7 +48,9 @@ fn a_transposed_square_matrix_is_found_by_the_fingerprint() {
         message.starts_with("the backbone does not compute what it did when the file was written: statistic "),
         "{message}"
     );
-    assert!(message.ends_with("hint: the file was damaged or changed after it was written; take the original, or export it again"));
+    assert!(message.ends_with(
+        "hint: the file was damaged or changed after it was written; take the original, or export it again"
+    ));
 }
 
 #[test]

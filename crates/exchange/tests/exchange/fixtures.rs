@@ -67,19 +67,17 @@ fn what_a_format_cannot_say_is_noted() {
     );
     assert_eq!(
         notes("dinov3_teacher_checkpoint.pth"),
-        [
-            "left out: `teacher.dino_head`, 1 tensor",
-            "left out: `teacher.ibot_head`, 1 tensor",
-            assumed,
-            unchecked,
-        ]
+        ["left out: `teacher.dino_head`, 1 tensor", "left out: `teacher.ibot_head`, 1 tensor", assumed, unchecked,]
     );
     assert_eq!(notes("hf_dinov3_vit"), [assumed, unchecked]);
 }
 
 #[test]
 fn architectures_are_derived() {
-    let vit = |name: &str| match open(&folder().join(name)).unwrap_or_else(|e| panic!("{name}: {e}")).description.architecture
+    let vit = |name: &str| match open(&folder().join(name))
+        .unwrap_or_else(|e| panic!("{name}: {e}"))
+        .description
+        .architecture
     {
         Architecture::Vit(config) => config,
         Architecture::ConvNext(_) => panic!("{name}"),

@@ -11,8 +11,8 @@ use dinoxide_model::{Architecture, VitConfig};
 use zip::write::SimpleFileOptions;
 
 use crate::support::{
-    backbone, contents, convnext, description, dino, dinov2, dinov2_registers, dinov3, dinov3_gated, distance, features,
-    open,
+    backbone, contents, convnext, description, dino, dinov2, dinov2_registers, dinov3, dinov3_gated, distance,
+    features, open,
 };
 
 const FORMATS: [Format; 4] = [Format::Safetensors, Format::HuggingFace, Format::Meta, Format::Timm];
@@ -139,8 +139,10 @@ fn changes_that_a_format_makes_are_noted() {
     );
     assert_eq!(
         notes(Format::Timm),
-        ["timm interpolates positions with offset 0, with antialiasing; this model with offset 0.1, without: features of \
-          images of other sizes than 20×20 px differ slightly"]
+        [
+            "timm interpolates positions with offset 0, with antialiasing; this model with offset 0.1, without: features of \
+          images of other sizes than 20×20 px differ slightly"
+        ]
     );
 }
 
@@ -158,7 +160,11 @@ fn what_a_format_cannot_express_is_refused_and_nothing_is_left() {
     let (hf, meta, timm) = (Format::HuggingFace, Format::Meta, Format::Timm);
     let cases = [
         (max(), hf, "export to hf: it normalises RoPE's coordinates per axis, this model does not"),
-        (range(), hf, "export to hf: it gives RoPE's periods by their base, this model by the shortest and the longest"),
+        (
+            range(),
+            hf,
+            "export to hf: it gives RoPE's periods by their base, this model by the shortest and the longest",
+        ),
         (rms(), hf, "export to hf: it has no RMS normalisation"),
         (untied(), hf, "export to hf: it has one final norm, this model has one for CLS and another for patches"),
         (
@@ -214,10 +220,7 @@ fn an_output_in_the_way_is_refused_and_kept() {
     assert_eq!(refused("full", Format::HuggingFace), format!("a folder with something in it{hint}"));
     assert_eq!(refused("file", Format::HuggingFace), format!("a file, and this format is a folder{hint}"));
     assert_eq!(refused("empty", Format::Timm), format!("a folder, and this format is a file{hint}"));
-    assert_eq!(
-        refused("no/where", Format::Meta),
-        format!("the folder that it would be in does not exist{hint}")
-    );
+    assert_eq!(refused("no/where", Format::Meta), format!("the folder that it would be in does not exist{hint}"));
     assert_eq!(fs::read(path("file")).expect("kept"), b"old");
     export(&backbone, &description(&backbone), Format::HuggingFace, &path("empty")).expect("an empty folder will do");
     export(&backbone, &description(&backbone), Format::Meta, &path("file")).expect("a file is replaced");
@@ -235,7 +238,8 @@ fn early_names_of_hugging_face_and_of_the_repositories_are_read() {
     strip(&path, Format::HuggingFace);
     let file = path.join("model.safetensors");
     let mut weights = contents(&file);
-    let rename = |name: String| name.replace("patch_embeddings.", "patch_embeddings.proj.").replace("layer.", "model.layer.");
+    let rename =
+        |name: String| name.replace("patch_embeddings.", "patch_embeddings.proj.").replace("layer.", "model.layer.");
     weights.tensors = weights.tensors.into_iter().map(|(name, weight)| (rename(name), weight)).collect();
     weights.write(&file).expect("written");
     let found = features(&open(&path).expect("loads").backbone, 12, 28);

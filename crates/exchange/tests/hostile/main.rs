@@ -61,7 +61,8 @@ fn long(value: i64) -> Vec<u8> {
 
 /// `{name: _rebuild_tensor_v2(storage of `elements`, offset, shape, strides, …)}`.
 fn tensor(name: &str, elements: i64, offset: i64, shape: &[i64], strides: &[i64]) -> Vec<u8> {
-    let tuple = |values: &[i64]| [b"(".to_vec(), values.iter().flat_map(|v| long(*v)).collect(), b"t".to_vec()].concat();
+    let tuple =
+        |values: &[i64]| [b"(".to_vec(), values.iter().flat_map(|v| long(*v)).collect(), b"t".to_vec()].concat();
     let storage = [
         b"((".to_vec(),
         text("storage"),
@@ -143,7 +144,10 @@ fn crafted(place: &Path) -> usize {
         ("bytes longer than there are", [&b"\x80\x04\x8e"[..], &(1u64 << 40).to_le_bytes(), b"x."].concat()),
         ("a frame longer than there is", [&b"\x80\x04\x95"[..], &u64::MAX.to_le_bytes(), b"}."].concat()),
         ("an integer longer than there is", [&b"\x80\x02\x8b"[..], &i32::MAX.to_le_bytes(), b"\x01."].concat()),
-        ("a million nested lists", [b"\x80\x02".to_vec(), b"]".repeat(MIB), b"a".repeat(MIB - 1), b".".to_vec()].concat()),
+        (
+            "a million nested lists",
+            [b"\x80\x02".to_vec(), b"]".repeat(MIB), b"a".repeat(MIB - 1), b".".to_vec()].concat(),
+        ),
         ("a million nested tuples", [b"\x80\x02)".to_vec(), b"\x85".repeat(MIB), b".".to_vec()].concat()),
         ("a million marks", [b"\x80\x02".to_vec(), b"(".repeat(MIB), b".".to_vec()].concat()),
         ("a billion laughs", laughs()),
@@ -162,7 +166,11 @@ fn crafted(place: &Path) -> usize {
     let pickle = tensor("cls_token", 16, 0, &[1, 1, 16], &[16, 16, 1]);
     let great = b"]".repeat(9 * MIB);
     let archives = [
-        ("compressed", archive(&[("a/data.pkl", &pickle), ("a/data/0", &[0; 64])], CompressionMethod::Deflated), "compressed"),
+        (
+            "compressed",
+            archive(&[("a/data.pkl", &pickle), ("a/data/0", &[0; 64])], CompressionMethod::Deflated),
+            "compressed",
+        ),
         ("a great pickle", pytorch(&great), "at most 8388608 are read"),
         ("no pickle", archive(&[("a/version", b"3\n")], CompressionMethod::Stored), "data.pkl"),
         ("no storage", archive(&[("a/data.pkl", &pickle)], CompressionMethod::Stored), "data/0"),
@@ -176,9 +184,8 @@ fn crafted(place: &Path) -> usize {
         assert!(message.contains(reason), "{what}: {message}");
     }
 
-    let header = |json: &str, data: usize| {
-        [&(json.len() as u64).to_le_bytes()[..], json.as_bytes(), &vec![0; data]].concat()
-    };
+    let header =
+        |json: &str, data: usize| [&(json.len() as u64).to_le_bytes()[..], json.as_bytes(), &vec![0; data]].concat();
     let one = |shape: &str, offsets: &str| {
         header(&format!("{{\"cls_token\":{{\"dtype\":\"F32\",\"shape\":{shape},\"data_offsets\":{offsets}}}}}"), 16)
     };
