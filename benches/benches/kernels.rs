@@ -13,6 +13,9 @@ use dinoxide_kernels::{self as kernels, RopeTable, composed};
 
 const RUNS: usize = 9;
 
+/// `[B, H, W, C]` of the four stages of a ConvNeXt-T on 32 images of 64 px, and of its first one at 224 px.
+const MAPS: [[usize; 4]; 5] = [[32, 16, 16, 96], [32, 8, 8, 192], [32, 4, 4, 384], [32, 2, 2, 768], [4, 56, 56, 96]];
+
 /// One shape of the token matrix.
 struct Shape {
     images: usize,
@@ -49,6 +52,30 @@ fn main() {
         for operation in operations(shape).iter().filter(|operation| operation.name.contains(&filter)) {
             measure(operation);
         }
+    }
+    println!("depthwise convolutions, 7 × 7");
+    for operation in MAPS.map(depthwise_conv).iter().filter(|operation| operation.name.contains(&filter)) {
+        measure(operation);
+    }
+}
+
+fn depthwise_conv(shape: [usize; 4]) -> Operation {
+    let [batch, height, width, channels] = shape;
+    let inputs =
+        move |t: &[Tensor<2>]| (t[0].clone().reshape(shape), t[1].clone().reshape([channels, 1, 7, 7]), vector(&t[2]));
+    let rows = batch * height * width;
+    Operation {
+        name: format!("depthwise_conv {shape:?}"),
+        inputs: vec![[rows, channels], [channels, 49], [1, channels]],
+        fused: Box::new(move |t| {
+            let (x, weight, bias) = inputs(t);
+            kernels::depthwise_conv(x, weight, bias).reshape([rows, channels])
+        }),
+        composed: Box::new(move |t| {
+            let (x, weight, bias) = inputs(t);
+            composed::depthwise_conv(x, weight, bias).reshape([rows, channels])
+        }),
+        flops: Some(2 * 49 * rows * channels),
     }
 }
 

@@ -1,1 +1,1 @@
-//! Benchmarks of the kernels: see `benches/kernels.rs`. This library is empty; a package needs a target.
+//! Benchmarks of the kernels and of whole backbones: see `benches/kernels.rs` and `benches/backbones.rs`. This library is empty; a package needs a target.

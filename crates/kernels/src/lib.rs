@@ -1,4 +1,4 @@
-//! The tensor operations a vision transformer spends its time in, each behind one function.
+//! The tensor operations a backbone spends its time in, each behind one function.
 //!
 //! A function here is the only place where its operation is written down for every backend: the model calls
 //! [`self_attention`], and how attention runs (composed from tensor operations, or as one fused pass with a hand-written
@@ -14,7 +14,7 @@ mod flex;
 use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
-use flex::{Attention, FlexKernels, Gelu, LayerNorm, Linear, Residual, RotaryAttention};
+use flex::{Attention, DepthwiseConv, FlexKernels, Gelu, LayerNorm, Linear, Residual, RotaryAttention};
 
 /// Cosine and sine tables of a rotary position embedding, one row per token.
 ///
@@ -86,7 +86,12 @@ pub fn residual(x: Tensor<2>, branch: Tensor<2>, gamma: Option<Tensor<1>>) -> Te
 /// `x [B, H, W, C]`, channels last; `weight [C, 1, k, k]` with an odd `k`, as PyTorch lays it out; `bias [C]` →
 /// `[B, H, W, C]`.
 pub fn depthwise_conv(x: Tensor<4>, weight: Tensor<4>, bias: Tensor<1>) -> Tensor<4> {
-    composed::depthwise_conv(x, weight, bias)
+    if !flex::supports(&x.device(), x.dtype()) {
+        return composed::depthwise_conv(x, weight, bias);
+    }
+    let kernel = weight.dims()[3];
+    let (x, weight, bias) = (x.into_dispatch(), weight.into_dispatch(), bias.into_dispatch());
+    Tensor::from_dispatch(Dispatch::ternary(x, weight, bias, DepthwiseConv { kernel }))
 }
 
 /// Multi-head self-attention `softmax(q·kᵀ/√d)·v` on a packed projection, with rotary positions applied to `q` and `k`.

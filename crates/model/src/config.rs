@@ -69,10 +69,8 @@ impl Arch {
     /// The numbers behind the name.
     pub fn sizes(self) -> Sizes {
         let vit = |embed_dim, depth, num_heads, ffn_ratio| Sizes::Vit { embed_dim, depth, num_heads, ffn_ratio };
-        let convnext = |width, third| Sizes::ConvNext {
-            dims: [width, 2 * width, 4 * width, 8 * width],
-            depths: [3, 3, third, 3],
-        };
+        let convnext =
+            |width, third| Sizes::ConvNext { dims: [width, 2 * width, 4 * width, 8 * width], depths: [3, 3, third, 3] };
         match self {
             Arch::VitTiny => vit(192, 12, 3, 4.0),
             Arch::VitSmall => vit(384, 12, 6, 4.0),
@@ -398,12 +396,7 @@ impl ModelConfig {
         table.get(key).map(ToString::to_string)
     }
 
-    fn convnext(
-        &self,
-        dims: [usize; 4],
-        depths: [usize; 4],
-        image_size: usize,
-    ) -> Result<ConvNextConfig, ModelError> {
+    fn convnext(&self, dims: [usize; 4], depths: [usize; 4], image_size: usize) -> Result<ConvNextConfig, ModelError> {
         const OURS: [&str; 10] = [
             "arch",
             "dims",

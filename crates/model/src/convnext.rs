@@ -277,12 +277,7 @@ impl ConvNext {
     }
 
     /// Runs the stages, showing each one's output `[B, h, w, D]`.
-    fn run_stages(
-        &self,
-        images: Tensor<4>,
-        draws: Option<&StochasticDraws>,
-        mut after: impl FnMut(usize, &Tensor<4>),
-    ) {
+    fn run_stages(&self, images: Tensor<4>, draws: Option<&StochasticDraws>, mut after: impl FnMut(usize, &Tensor<4>)) {
         let [_, _, height, width] = images.dims();
         if let Err(error) = self.config.grid(height, width) {
             panic!("{error}");
@@ -309,4 +304,154 @@ fn tokens(x: Tensor<4>) -> (Tensor<2>, Tensor<3>, (usize, usize)) {
     let [batch, height, width, dim] = x.dims();
     let places = x.reshape([batch, height * width, dim]);
     (places.clone().mean_dim(1).reshape([batch, dim]), places, (height, width))
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::TensorData;
+
+    use super::*;
+    use crate::{Arch, Architecture, Backbone, ModelConfig, parameters};
+
+    fn config() -> ConvNextConfig {
+        ConvNextConfig {
+            in_channels: 3,
+            dims: [4, 6, 8, 10],
+            depths: [1, 1, 2, 1],
+            layer_scale_init: Some(0.5),
+            norm_eps: 1e-6,
+            patch_size: None,
+            drop_path_rate: 0.0,
+            drop_path: DropPathKind::PerSample,
+        }
+    }
+
+    fn stream(key: u64) -> impl Rng {
+        dinoxide_random::stream(key, dinoxide_random::Purpose::Init, 0, 0)
+    }
+
+    fn images(shape: [usize; 4]) -> Tensor<4> {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| (i as f32 * 0.37).sin()).collect();
+        Tensor::from_data(TensorData::new(values, shape), &Device::flex())
+    }
+
+    fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+        tensor.into_data().try_to_vec().expect("single precision")
+    }
+
+    #[test]
+    fn a_convolution_whose_stride_is_its_kernel_equals_the_loop_and_leaves_the_rest_out() {
+        let device = Device::flex();
+        let [batch, height, width, channels, dim, side] = [2, 5, 7, 3, 4, 2];
+        let layer = Convolution::new([dim, channels, side, side], &mut Init { rng: &mut stream(1), device: &device });
+        let x = images([batch, height, width, channels]);
+        let found = layer.forward_patches(x.clone());
+        assert_eq!(found.dims(), [batch, 2, 3, dim]);
+        let (x, weight, found) = (values(x), values(layer.weight.val()), values(found));
+        for (i, found) in found.iter().enumerate() {
+            let (d, column, row, b) = (i % dim, i / dim % 3, i / dim / 3 % 2, i / dim / 6);
+            let mut sum = 0.0;
+            for c in 0..channels {
+                for p in 0..side {
+                    for q in 0..side {
+                        let at = ((b * height + row * side + p) * width + column * side + q) * channels + c;
+                        sum += x[at] * weight[((d * channels + c) * side + p) * side + q];
+                    }
+                }
+            }
+            assert!((found - sum).abs() < 1e-6, "{i}: {found} and {sum}");
+        }
+    }
+
+    #[test]
+    fn grids_round_down_and_images_that_are_too_small_or_uneven_are_refused() {
+        let config = config();
+        for (size, grid) in [((32, 64), (1, 2)), ((36, 100), (1, 3)), ((112, 124), (3, 3))] {
+            assert_eq!(config.grid(size.0, size.1).expect("a grid"), grid);
+        }
+        for (size, part) in [((28, 64), "hint: 32 "), ((64, 70), "hint: 68 ")] {
+            let error = config.grid(size.0, size.1).expect_err("refused").to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        let coarse = ConvNextConfig { patch_size: Some(48), ..config };
+        assert!(coarse.grid(64, 36).is_err());
+    }
+
+    #[test]
+    fn tokens_of_uneven_images_have_the_grid_and_are_on_it() {
+        let backbone = ConvNext::new(&config(), &Device::flex(), &mut stream(2));
+        let features = backbone.forward(images([2, 3, 76, 44]));
+        assert_eq!(features.patches.dims(), [2, 2, 10]);
+        // Rows of the images are rows of the tokens: a change at the bottom moves the lower token more than the upper one.
+        let changed = images([2, 3, 76, 44]).slice_assign(s![.., .., 60..64, ..], images([2, 3, 4, 44]) * 5.0);
+        let moved = values((backbone.forward(changed).prenorm - features.prenorm).abs().sum_dim(2));
+        assert!(moved[1] > moved[0] && moved[3] > moved[2], "{moved:?}");
+    }
+
+    #[test]
+    fn a_branch_that_is_dropped_for_a_sample_is_as_if_it_had_no_scale_for_it() {
+        let device = Device::flex();
+        let backbone = ConvNext::new(&config(), &device, &mut stream(3));
+        let x = images([2, 3, 32, 36]);
+        let names =
+            ["stages.0.0.gamma", "stages.1.0.gamma", "stages.2.0.gamma", "stages.2.1.gamma", "stages.3.0.gamma"];
+        let plain = values(backbone.forward(x.clone()).cls);
+        for (block, name) in names.into_iter().enumerate() {
+            let mut branches = vec![BranchDraw::Keep; 5];
+            branches[block] = BranchDraw::Scale(vec![1.0, 0.0]);
+            let draws = StochasticDraws { branches, rope: Vec::new() };
+            let found = values(backbone.forward_train(x.clone(), &draws).cls);
+            let without = parameters::replace(backbone.clone(), |n, v| if n == name { v * 0.0 } else { v });
+            let without = values(without.forward(x.clone()).cls);
+            let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+            assert!(close(&found[..10], &plain[..10]) && close(&found[10..], &without[10..]), "{name}");
+            assert!(!close(&found[10..], &plain[10..]), "{name} changes nothing");
+        }
+    }
+
+    #[test]
+    fn drop_rates_rise_over_all_blocks_or_are_one_for_all() {
+        let draw = |kind| {
+            let config = ConvNextConfig { drop_path_rate: 0.8, drop_path: kind, ..config() };
+            StochasticDraws::draw_convnext(&config, 2000, &mut stream(4)).branches
+        };
+        let rates: Vec<f64> = draw(DropPathKind::PerSample)
+            .iter()
+            .map(|draw| match draw {
+                BranchDraw::Keep => 0.0,
+                BranchDraw::Scale(factors) => factors.iter().filter(|f| **f == 0.0).count() as f64 / 2000.0,
+                BranchDraw::Subset(_) => panic!("a scale per sample"),
+            })
+            .collect();
+        assert_eq!(rates.len(), 5);
+        for (rate, expected) in rates.iter().zip([0.0, 0.2, 0.4, 0.6, 0.8]) {
+            assert!((rate - expected).abs() < 0.05, "{rates:?}");
+        }
+        let kept = draw(DropPathKind::Subset);
+        assert!(kept.iter().all(|draw| matches!(draw, BranchDraw::Subset(kept) if kept.len() == 400)));
+    }
+
+    #[test]
+    fn named_sizes_have_the_published_numbers_of_parameters() {
+        for (arch, count) in [(Arch::ConvNextTiny, 27_820_128), (Arch::ConvNextSmall, 49_454_688)] {
+            let architecture = ModelConfig { arch, ..ModelConfig::default() }.resolve(224).expect("a configuration");
+            let backbone = Backbone::new(&architecture, &Device::flex(), &mut stream(5));
+            let shapes = parameters::shapes(&backbone);
+            assert_eq!(shapes.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum::<usize>(), count);
+        }
+    }
+
+    #[test]
+    fn a_description_names_its_family_and_survives_being_written() {
+        let convnext = Architecture::ConvNext(config());
+        let vit = ModelConfig::default().resolve(32).expect("a configuration");
+        for (architecture, family) in [(convnext, "convnext"), (vit, "vit")] {
+            let json = serde_json::to_string(&architecture).expect("plain data");
+            assert!(json.contains(&format!("\"family\":\"{family}\"")), "{json}");
+            assert_eq!(serde_json::from_str::<Architecture>(&json).expect("an architecture"), architecture);
+            let other = json.replacen('{', "{\"colour\":1,", 1);
+            let error = serde_json::from_str::<Architecture>(&other).expect_err("an unknown key").to_string();
+            assert!(error.contains("colour"), "{error}");
+        }
+    }
 }

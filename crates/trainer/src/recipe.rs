@@ -348,7 +348,12 @@ impl Recipe {
     /// What a ConvNeXt cannot do is an error, not left out.
     fn check_convnext(&self) -> Result<(), TrainError> {
         let values = [
-            ("loss.ibot_weight", self.loss.ibot_weight, 0.0, "has no mask token, so it would see the patches it is asked for"),
+            (
+                "loss.ibot_weight",
+                self.loss.ibot_weight,
+                0.0,
+                "has no mask token, so it would see the patches it is asked for",
+            ),
             ("optim.layerwise_decay", self.optim.layerwise_decay, 1.0, "has the same learning rate in every block"),
             ("optim.patch_embed_lr_mult", self.optim.patch_embed_lr_mult, 1.0, "has no patch embedding"),
         ];

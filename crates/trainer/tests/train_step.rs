@@ -6,7 +6,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_augmentation::{MaskConfig, batch_masks};
 use dinoxide_model::config::Position;
 use dinoxide_model::weights::host;
-use dinoxide_model::{HeadConfig, ModelConfig, StochasticDraws, VitConfig, parameters};
+use dinoxide_model::{Architecture, HeadConfig, ModelConfig, parameters};
 use dinoxide_random::{Purpose, stream};
 use dinoxide_trainer::batch::Batch;
 use dinoxide_trainer::optimizer::OptimConfig;
@@ -19,7 +19,7 @@ const LOCALS: usize = 3;
 /// Sides of global and local crops, in pixels.
 const SIZES: (usize, usize) = (16, 8);
 
-fn backbone() -> VitConfig {
+fn backbone() -> Architecture {
     let config = ModelConfig {
         embed_dim: Some(24),
         depth: Some(2),
@@ -72,7 +72,7 @@ fn draws(parts: usize) -> StepDraws {
     (0..parts)
         .map(|part| {
             let samples = (part + 1) * BATCH / parts - part * BATCH / parts;
-            [2, LOCALS].map(|crops| StochasticDraws::draw(&backbone(), crops * samples, &mut rng))
+            [2, LOCALS].map(|crops| backbone().draw(crops * samples, &mut rng))
         })
         .collect()
 }

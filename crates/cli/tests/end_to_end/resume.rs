@@ -27,7 +27,7 @@ fn comparable(place: &Workplace, run: &str) -> Vec<Value> {
 }
 
 #[track_caller]
-fn assert_same_run(place: &Workplace, expected: &str, found: &str) {
+pub(crate) fn assert_same_run(place: &Workplace, expected: &str, found: &str) {
     let (left, right) = (comparable(place, expected), comparable(place, found));
     assert_eq!(left.len(), right.len(), "lines of metrics");
     for (left, right) in left.iter().zip(&right) {

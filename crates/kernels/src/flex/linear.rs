@@ -100,7 +100,8 @@ fn backward(
     [dx, dw, db]
 }
 
-fn column_sums(g: &[f32], rows: usize, out: usize) -> Vec<f32> {
+/// Sums of the columns of a `[rows, out]` matrix.
+pub(super) fn column_sums(g: &[f32], rows: usize, out: usize) -> Vec<f32> {
     sum_over_rows(rows, out, |block, sum| {
         simd::vectorized(
             #[inline(always)]

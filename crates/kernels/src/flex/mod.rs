@@ -9,6 +9,7 @@
 //! * Loops that should use wide vectors run inside [`simd::vectorized`], which picks the instructions at run time.
 
 mod attention;
+mod depthwise_conv;
 mod gelu;
 mod gemm;
 mod layer_norm;
@@ -20,6 +21,7 @@ mod simd;
 mod testing;
 
 pub(crate) use attention::{Attention, RotaryAttention};
+pub(crate) use depthwise_conv::DepthwiseConv;
 pub(crate) use gelu::Gelu;
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use linear::Linear;

@@ -4,7 +4,7 @@
 //! `inline(always)`: the instructions that a function may use are those of the function it is inlined into, and
 //! [`vectorized`] is where that is decided.
 
-use pulp::Arch;
+use pulp::{Arch, WithSimd};
 
 /// Independent partial sums of a reduction: two registers of the widest vectors. Floating-point sums are not reordered by
 /// the compiler, so a loop with one sum would run one element at a time.
@@ -16,12 +16,12 @@ pub(super) fn available() -> bool {
     !matches!(Arch::new(), Arch::Scalar)
 }
 
-/// Runs a closure compiled for the best instructions of this processor.
+/// Runs a closure, or what is written in pulp's vector types, compiled for the best instructions of this processor.
 ///
-/// The closure has to be marked `#[inline(always)]`, and everything inside it that does work has to be inlined too: loops
+/// A closure has to be marked `#[inline(always)]`, and everything inside it that does work has to be inlined too: loops
 /// and `inline(always)` functions, not `for_each` with closures, which would be compiled apart and without the instructions.
 #[inline(always)]
-pub(super) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
+pub(super) fn vectorized<F: WithSimd>(f: F) -> F::Output {
     Arch::new().dispatch(f)
 }
 

@@ -64,6 +64,10 @@ impl Inputs {
         self.shaped(i)
     }
 
+    pub(crate) fn images(&self, i: usize) -> Tensor<4> {
+        self.shaped(i)
+    }
+
     pub(crate) fn cube(&self, i: usize) -> Tensor<3> {
         self.shaped(i)
     }

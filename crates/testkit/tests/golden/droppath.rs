@@ -41,7 +41,7 @@ fn block(check: &Check, device: &Device) -> Block {
         position: Position::Rope,
         ..ModelConfig::default()
     };
-    let config = config.resolve(1).expect("a configuration");
+    let config = config.vit(1).expect("a configuration");
     let block = Vit::new(&config, device, &mut ChaCha8Rng::seed_from_u64(5)).blocks.remove(0);
     load(block, &named(fixture, "w.", |name| Some(name.to_owned())))
 }

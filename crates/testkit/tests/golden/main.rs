@@ -5,6 +5,7 @@
 
 mod augmentation;
 mod comparison;
+mod convnext;
 mod distributed;
 mod droppath;
 mod evaluation;
@@ -41,7 +42,7 @@ const GRAM: &str = "the training step has no Gram loss yet";
 
 const TABLE: &[(&str, Entry)] = &[
     ("augment", Compared(augmentation::all)),
-    ("convnext_v3", Pending("ConvNeXt backbone not built yet")),
+    ("convnext_v3", Compared(convnext::all)),
     ("droppath", Compared(droppath::all)),
     ("eval", Compared(evaluation::all)),
     ("heads", Compared(heads::all)),
@@ -68,7 +69,7 @@ const TABLE: &[(&str, Entry)] = &[
 ];
 
 /// Comparisons that the committed fixtures give.
-const COMMITTED_CASES: usize = 19986;
+const COMMITTED_CASES: usize = 20077;
 
 #[test]
 #[allow(clippy::print_stdout, reason = "the table and the closing line are what a reader of the run looks for")]

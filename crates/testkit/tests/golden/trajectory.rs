@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_augmentation::Masks;
 use dinoxide_losses::center::Center;
-use dinoxide_model::{HeadConfig, StochasticDraws};
+use dinoxide_model::{Architecture, Backbone, HeadConfig, StochasticDraws};
 use dinoxide_testkit::{Array, Check, Fixture, Tolerance};
 use dinoxide_trainer::{
     batch::Batch,
@@ -62,15 +62,16 @@ fn networks(check: &mut Check, recipe: &Recipe) -> (Network, Network) {
     }
     let build = |head: &HeadConfig, weights: &BTreeMap<String, Array>, device: &Device| {
         let rng = &mut ChaCha8Rng::seed_from_u64(1);
-        load(Network::new(&recipe.backbone, head, ibot_head.as_ref(), device, rng), weights)
+        let architecture = Architecture::Vit(recipe.backbone.clone());
+        load(Network::new(&architecture, head, ibot_head.as_ref(), device, rng), weights)
     };
     let student = build(&dino_head, &weights, &device.clone().autodiff());
-    vit::buffers(check, "w.student.backbone.", &student.backbone);
+    buffers(check, "w.student.backbone.", &student.backbone);
 
     let given = named(fixture, "w.ema0.", parameter);
     if !given.is_empty() {
         let teacher = build(&dino_head, &given, &device);
-        vit::buffers(check, "w.ema0.backbone.", &teacher.backbone);
+        buffers(check, "w.ema0.backbone.", &teacher.backbone);
         return (student, teacher);
     }
     if fixture.hyper()["shared_head_teacher"].as_bool() == Some(true) {
@@ -131,6 +132,11 @@ fn masks(mask: Vec<bool>, crops: usize, patches: usize) -> Masks {
 
 /// Compares the losses of a step, which it is given with their case and tolerance.
 type Losses = dyn Fn(&mut Check, &str, &Value, &StepReport, &Recipe, f64, Tolerance);
+
+fn buffers(check: &mut Check, prefix: &str, backbone: &Backbone) {
+    let Backbone::Vit(vit) = backbone else { panic!("the fixtures' networks are vision transformers") };
+    vit::buffers(check, prefix, vit);
+}
 
 fn run(check: &mut Check, recipe: &Recipe, losses: &Losses) {
     let fixture = check.fixture;

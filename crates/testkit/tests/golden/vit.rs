@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor};
 use dinoxide_model::{
-    CropGroup, Features, LayerFeatures, ModelConfig, RopeDraw, StochasticDraws, Vit, VitConfig,
+    Backbone, CropGroup, Features, LayerFeatures, ModelConfig, RopeDraw, StochasticDraws, Vit, VitConfig,
     config::{FfnKind, NormKind, Position, RopeNormalize},
 };
 use dinoxide_testkit::{Array, Check, Fixture, Tolerance};
@@ -66,7 +66,7 @@ pub(crate) fn v2_config(hyper: &Value) -> VitConfig {
         interpolate_antialias: flag(hyper, "interpolate_antialias", false),
         ..common(hyper)
     };
-    config.resolve(size(hyper, "img_size", None)).expect("a configuration")
+    config.vit(size(hyper, "img_size", None)).expect("a configuration")
 }
 
 /// The backbone that DINOv3's options describe.
@@ -102,7 +102,7 @@ pub(crate) fn v3_config(hyper: &Value) -> VitConfig {
         ..common(hyper)
     };
     // Rotary positions know no image size.
-    config.resolve(config.patch_size).expect("a configuration")
+    config.vit(config.patch_size).expect("a configuration")
 }
 
 /// What a fixture calls the normalisation of RoPE's coordinates.
@@ -143,7 +143,7 @@ fn run(check: &mut Check, config: &VitConfig) {
     buffers(check, "w.", &vit);
     forwards(check, config, &weights);
     layers(check, &vit);
-    gradient(check, &backbone(config, &weights, &Device::flex().autodiff()));
+    gradient(check, &Backbone::Vit(backbone(config, &weights, &Device::flex().autodiff())));
     if config.rope.is_some() {
         rotary_tables(check, &vit);
     } else {
@@ -185,12 +185,12 @@ pub(crate) fn last_layers(fixture: &Fixture, count: usize) -> (Vec<Array>, Array
     (found.into_iter().map(|layer| array(layer.cls)).collect(), mean)
 }
 
-fn images(fixture: &Fixture, name: &str, device: &Device) -> Tensor<4> {
+pub(crate) fn images(fixture: &Fixture, name: &str, device: &Device) -> Tensor<4> {
     tensor(&fixture.floats(name), device)
 }
 
 /// What a reference calls an output.
-fn output(features: &Features, key: &str) -> Array {
+pub(crate) fn output(features: &Features, key: &str) -> Array {
     match key {
         "x_norm_clstoken" => array(features.cls.clone()),
         "x_norm_patchtokens" => array(features.patches.clone()),
@@ -269,15 +269,16 @@ fn layers(check: &mut Check, vit: &Vit) {
 }
 
 /// `out.proj_loss` and `grad.*`: of the weighted sum of the training forwards of global and local crops.
-fn gradient(check: &mut Check, vit: &Vit) {
+pub(crate) fn gradient(check: &mut Check, backbone: &Backbone) {
     let fixture = check.fixture;
     let device = Device::flex().autodiff();
     let mut total = Tensor::<1>::zeros([1], &device);
     for (group, crops, input) in [(CropGroup::Global, "global", "in.x"), (CropGroup::Local, "local", "in.x_local")] {
         let images = images(fixture, input, &device);
-        let draws = StochasticDraws::draw(vit.config(), images.dims()[0], &mut ChaCha8Rng::seed_from_u64(3));
-        let masks = (group == CropGroup::Global).then(|| mask(&fixture.array("in.masks"), &device));
-        let features = vit.forward_train(images, masks, group, &draws);
+        let draws = backbone.architecture().draw(images.dims()[0], &mut ChaCha8Rng::seed_from_u64(3));
+        let masked = group == CropGroup::Global && fixture.has("in.masks");
+        let masks = masked.then(|| mask(&fixture.array("in.masks"), &device));
+        let features = backbone.forward_train(images, masks, group, &draws);
         let prefix = format!("proj.{crops}.");
         for name in fixture.names(&prefix) {
             let weights = fixture.floats(name);
@@ -291,7 +292,7 @@ fn gradient(check: &mut Check, vit: &Vit) {
         }
     }
     check.scalar("out.proj_loss", total.clone().into_scalar());
-    let mut found = gradients(vit, &total.backward());
+    let mut found = gradients(backbone, &total.backward());
     for name in fixture.names("grad.") {
         match parameter(&name["grad.".len()..]).and_then(|parameter| found.remove(&parameter)) {
             Some(gradient) => check.tensor(name, &gradient),
