@@ -78,7 +78,7 @@ def reference_names(state):
         q, k, v = (state[f"{theirs}attention.{x}_proj.weight"] for x in "qkv")
         found[ours + "attn.qkv.weight"] = torch.cat([q, k, v])
         # The keys' third is held at zero by the mask: what is stored there must not matter.
-        stale = torch.full([dim], 3.0)
+        stale = torch.full([dim], float("nan") if i == 0 else 3.0)
         biases = [state[f"{theirs}attention.q_proj.bias"], stale, state[f"{theirs}attention.v_proj.bias"]]
         found[ours + "attn.qkv.bias"] = torch.cat(biases)
         mask = torch.ones(3 * dim)
