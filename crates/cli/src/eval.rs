@@ -9,8 +9,9 @@ use dinoxide_evaluation::{
     Extracted, Extraction, FeatureSet, FeatureSource, Features, KnnConfig, LinearConfig, Selection, Token, extract,
     knn, linear, spectrum,
 };
+use dinoxide_exchange::{Loaded, load};
 use dinoxide_model::Backbone;
-use dinoxide_model::weights::{Description, load_backbone, write_atomically};
+use dinoxide_model::weights::{Description, write_atomically};
 use serde::Serialize;
 use serde_json::json;
 
@@ -29,8 +30,8 @@ pub(crate) enum Command {
 
 #[derive(clap::Args)]
 struct Common {
-    /// Weight file, such as a run's `teacher.safetensors`
-    #[arg(long, value_name = "FILE")]
+    /// Weights: a run's `teacher.safetensors`, a `.pth` file of the DINO repositories, a Hugging Face folder, a timm file
+    #[arg(long, value_name = "PATH")]
     weights: PathBuf,
     /// Images of known classes: a folder per class, or `synthetic`
     #[arg(long, value_name = "DIR")]
@@ -112,7 +113,8 @@ impl Setup {
         if common.batch_size == 0 {
             return Err(Usage(anyhow::anyhow!("`--batch-size` is 0, must be at least 1")).into());
         }
-        let (backbone, description) = load_backbone(&common.weights, &device)?;
+        let Loaded { backbone, description, notes, .. } = load(&common.weights, &device)?;
+        terminal::notes(&common.weights, &notes);
         let crop_px = common.crop.unwrap_or(description.image_size);
         let extraction = Extraction {
             resize_px: common.resize.unwrap_or(crop_px),
@@ -142,9 +144,14 @@ impl Setup {
 
     fn source(&self, common: &Common, tokens: Vec<Token>, blocks: usize) -> FeatureSource {
         let depth = self.backbone.architecture().layers();
-        let steps = self.description.provenance.steps;
+        let provenance = &self.description.provenance;
+        let backbone = common.weights.display().to_string();
         FeatureSource {
-            backbone: format!("{}, after {steps} steps", common.weights.display()),
+            backbone: if provenance.is_known() {
+                format!("{backbone}, after {} steps", provenance.steps)
+            } else {
+                backbone
+            },
             train_data: common.train.clone(),
             val_data: common.val.clone(),
             tokens,

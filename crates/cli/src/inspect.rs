@@ -1,10 +1,11 @@
-//! `dinoxide inspect`: what a weight file holds.
+//! `dinoxide inspect`: what weights hold, whatever library wrote them.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use burn::tensor::Device;
-use dinoxide_model::weights::{WeightFile, load_backbone};
+use dinoxide_exchange::{Loaded, Verdict, load};
+use dinoxide_model::weights::reference_tensors;
 use serde_json::json;
 
 use crate::table::{count, table};
@@ -12,7 +13,8 @@ use crate::terminal;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A weight file
+    /// A weight file or folder: a run's `teacher.safetensors`, a `.pth` file, a Hugging Face folder, a timm file
+    #[arg(value_name = "PATH")]
     file: PathBuf,
     /// Print one JSON object on stdout and nothing else there
     #[arg(long)]
@@ -20,44 +22,60 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    // Loading checks that the tensors cover the backbone exactly.
-    let (_, description) = load_backbone(&args.file, &Device::flex())?;
-    let file = WeightFile::read(&args.file)?;
-    let total: usize = file.tensors.values().map(|w| w.values.len()).sum();
+    // Loading checks that the tensors cover the backbone exactly, and the fingerprint.
+    let Loaded { backbone, description, format, notes, verdict } = load(&args.file, &Device::flex())?;
+    let tensors = reference_tensors(&backbone);
+    let total: usize = tensors.values().map(|w| w.values.len()).sum();
     let norm = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+    let provenance = &description.provenance;
     if args.json {
-        let tensors: Vec<_> = file
-            .tensors
+        let tensors: Vec<_> = tensors
             .iter()
             .map(|(name, w)| json!({ "name": name, "shape": w.shape, "norm": norm(&w.values) }))
             .collect();
         let result = json!({
             "file": args.file.display().to_string(),
+            "format": format,
             "architecture": description.architecture,
             "image_size": description.image_size,
             "mean": description.mean,
             "std": description.std,
-            "provenance": description.provenance,
+            "provenance": provenance.is_known().then_some(provenance),
+            "fingerprint": match verdict {
+                Verdict::Exact => "exact",
+                Verdict::Near => "near",
+                Verdict::Absent => "absent",
+            },
+            "notes": notes,
             "values": total,
             "tensors": tensors,
         });
         terminal::data(&serde_json::to_string_pretty(&result)?);
         return Ok(ExitCode::SUCCESS);
     }
-    let p = &description.provenance;
-    terminal::data(&format!("backbone   {}", description.architecture));
-    terminal::data(&format!("trained    {} steps, {} images of {}", count(p.steps), count(p.images), p.data));
+    terminal::data(&format!("backbone     {}", description.architecture));
+    terminal::data(&format!("format       {format}"));
+    if provenance.is_known() {
+        let (steps, images) = (count(provenance.steps), count(provenance.images));
+        terminal::data(&format!("trained      {steps} steps, {images} images of {}", provenance.data));
+        terminal::data(&format!("recipe       {}", provenance.recipe));
+        terminal::data(&format!("written by   {}", provenance.software));
+    }
     terminal::data(&format!(
-        "images     {} px, mean {:?}, std {:?}",
+        "images       {} px, mean {:?}, std {:?}",
         description.image_size, description.mean, description.std
     ));
-    terminal::data(&format!("written by {}", p.software));
-    terminal::data(&format!("values     {}\n", count(total as u64)));
-    let rows: Vec<Vec<String>> = file
-        .tensors
+    terminal::data(match verdict {
+        Verdict::Exact => "fingerprint  agrees: the same parameters, the same features",
+        Verdict::Near => "fingerprint  agrees: the same features, from weights in less than single precision",
+        Verdict::Absent => "fingerprint  none",
+    });
+    terminal::data(&format!("values       {}", count(total as u64)));
+    notes.iter().for_each(|note| terminal::data(&format!("note         {note}")));
+    let rows: Vec<Vec<String>> = tensors
         .iter()
         .map(|(name, w)| vec![name.clone(), format!("{:?}", w.shape), format!("{:.4}", norm(&w.values))])
         .collect();
-    terminal::data(&table(&["tensor", "shape", "norm"], &rows));
+    terminal::data(&format!("\n{}", table(&["tensor", "shape", "norm"], &rows)));
     Ok(ExitCode::SUCCESS)
 }

@@ -2,18 +2,18 @@
 
 mod device;
 mod eval;
+mod export;
 mod inspect;
 mod recipes;
 mod table;
 mod terminal;
 mod train;
 
-use std::io::ErrorKind;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use dinoxide_data::DataError;
-use dinoxide_model::weights::WeightError;
+use dinoxide_exchange::ExchangeError;
 
 /// Tensors of a step are allocated and freed by the thousand; giving their memory back to the system and asking for it
 /// again costs more than the work on the small ones.
@@ -35,8 +35,10 @@ enum Command {
     /// Measure what a trained backbone's features are worth.
     #[command(subcommand)]
     Eval(eval::Command),
-    /// Show what a weight file holds: architecture, origin, parameters.
+    /// Show what weights hold: architecture, origin, parameters, whether they are whole.
     Inspect(inspect::Args),
+    /// Write a backbone for another library: Hugging Face, the DINO repositories, timm.
+    Export(export::Args),
     /// List the recipes, or show one with every value and where it comes from.
     Recipes(recipes::Args),
 }
@@ -62,11 +64,9 @@ impl std::error::Error for Usage {}
 
 /// Whether what was asked for is at fault: wrong arguments or configuration, among them paths that lead nowhere.
 fn is_usage(error: &anyhow::Error) -> bool {
-    let leads_nowhere =
-        |error: &WeightError| matches!(error, WeightError::Io { source, .. } if source.kind() == ErrorKind::NotFound);
     error.is::<Usage>()
         || error.downcast_ref::<DataError>().is_some_and(DataError::is_usage)
-        || error.downcast_ref::<WeightError>().is_some_and(leads_nowhere)
+        || error.downcast_ref::<ExchangeError>().is_some_and(ExchangeError::is_usage)
 }
 
 fn main() -> ExitCode {
@@ -76,6 +76,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Eval(command) => eval::run(&command),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Recipes(args) => recipes::run(&args),
     });
     match outcome {

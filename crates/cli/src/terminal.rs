@@ -16,6 +16,11 @@ pub(crate) fn plain(text: &str) {
     eprintln!("{text}");
 }
 
+/// Prints what was found out about a file, a line each.
+pub(crate) fn notes(path: &Path, notes: &[String]) {
+    notes.iter().for_each(|note| plain(&format!("note: {}: {note}", path.display())));
+}
+
 /// Prints data.
 pub(crate) fn data(text: &str) {
     // A closed pipe is the reader's choice, not a failure.

@@ -1,62 +1,37 @@
 //! Weight files: safetensors with the references' parameter names, and what is needed to use them without a recipe.
 //!
-//! The header's metadata carries the backbone's complete [`Architecture`] and the run it came from, so that evaluation needs
-//! the file alone. A load covers every tensor or is an error that lists what is missing, extra, or of another shape.
+//! The header's metadata carries the backbone's complete [`Architecture`], the run it came from and its [`Fingerprint`], so
+//! that evaluation needs the file alone. [`assemble`] covers every tensor or is an error that lists what is missing, extra,
+//! or of another shape. Reading files, ours and others', is the crate `exchange`.
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::{Architecture, Backbone, ConvNextConfig, ModelError, VitConfig, layers, parameters};
+use crate::{Architecture, Backbone, ConvNextConfig, Fingerprint, ModelError, VitConfig, layers, parameters};
 
-/// What can go wrong with a weight file.
+/// Why tensors do not make up a backbone.
 #[derive(Debug, thiserror::Error)]
-pub enum WeightError {
-    /// The file system.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
+pub enum AssemblyError {
+    /// An architecture that cannot be built.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// An architecture far larger than what there is for it.
+    #[error("the architecture has at least {needed} parameters, and there are {found}")]
+    TooLarge {
+        /// A lower bound of the parameters.
+        needed: usize,
+        /// Values in the tensors.
+        found: usize,
     },
-    /// Not a readable safetensors file.
-    #[error("{}: not a readable safetensors file: {reason}", path.display())]
-    Format {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// A safetensors file that does not describe its backbone.
-    #[error("{}: {reason}", path.display())]
-    NotABackbone {
-        /// The file.
-        path: PathBuf,
-        /// What is missing.
-        reason: String,
-    },
-    /// Tensors that do not cover the model exactly.
-    #[error("{}: the tensors do not cover the model exactly\n{}", path.display(), differences.join("\n"))]
-    Coverage {
-        /// The file.
-        path: PathBuf,
-        /// One line for each tensor that is missing, extra, or of another shape.
-        differences: Vec<String>,
-    },
-    /// A description of a model that cannot be built.
-    #[error("{}: {source}", path.display())]
-    Model {
-        /// The file.
-        path: PathBuf,
-        /// What does not fit.
-        source: ModelError,
-    },
+    /// Tensors that do not cover the model exactly, a line for each.
+    #[error("the tensors do not cover the model exactly\n{}", .0.join("\n"))]
+    Coverage(Vec<String>),
 }
 
 /// One tensor of a weight file, in single precision.
@@ -78,16 +53,7 @@ pub struct WeightFile {
 }
 
 impl WeightFile {
-    /// Reads a file of single-precision tensors.
-    ///
-    /// # Errors
-    /// If it cannot be read, is no safetensors file, or holds another data type.
-    pub fn read(path: &Path) -> Result<Self, WeightError> {
-        let bytes = std::fs::read(path).map_err(|source| WeightError::Io { path: path.to_owned(), source })?;
-        Self::from_bytes(&bytes).map_err(|reason| WeightError::Format { path: path.to_owned(), reason })
-    }
-
-    /// As [`read`](Self::read), from memory.
+    /// Reads the bytes of a file of single-precision tensors.
     ///
     /// # Errors
     /// What is wrong with the bytes.
@@ -136,8 +102,8 @@ impl WeightFile {
     ///
     /// # Errors
     /// Whatever the file system says.
-    pub fn write(&self, path: &Path) -> Result<(), WeightError> {
-        write_atomically(path, &self.to_bytes()).map_err(|source| WeightError::Io { path: path.to_owned(), source })
+    pub fn write(&self, path: &Path) -> std::io::Result<()> {
+        write_atomically(path, &self.to_bytes())
     }
 }
 
@@ -172,6 +138,21 @@ pub struct Description {
     pub std: [f32; 3],
     /// Where the weights come from.
     pub provenance: Provenance,
+    /// What the weights must compute; filled in when the file is written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
+}
+
+impl Description {
+    /// The metadata of a file with this description.
+    ///
+    /// # Panics
+    /// Never: a description is plain data.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        let json = serde_json::to_string(self).expect("a description is plain data");
+        // PyTorch's loaders ask for a format.
+        [(DESCRIPTION_KEY.to_owned(), json), ("format".to_owned(), "pt".to_owned())].into()
+    }
 }
 
 /// Where weights come from.
@@ -190,7 +171,15 @@ pub struct Provenance {
     pub software: String,
 }
 
-const DESCRIPTION_KEY: &str = "dinoxide";
+impl Provenance {
+    /// Whether anything is known of it, as nothing is of others' files.
+    pub fn is_known(&self) -> bool {
+        *self != Self::default()
+    }
+}
+
+/// The metadata key of the [`Description`].
+pub const DESCRIPTION_KEY: &str = "dinoxide";
 
 /// The name a parameter has in the reference's checkpoints; they differ from ours for one token.
 fn reference_name(architecture: &Architecture, name: &str) -> String {
@@ -225,11 +214,11 @@ fn buffers(backbone: &Backbone) -> Vec<(String, Vec<f32>)> {
     buffers
 }
 
-/// A backbone's weights under the references' names, with its description.
+/// A backbone's weights under the references' names: parameters, their second names, and buffers.
 ///
 /// # Panics
 /// If a parameter cannot be read back from the device.
-pub fn backbone_file(backbone: &Backbone, description: &Description) -> WeightFile {
+pub fn reference_tensors(backbone: &Backbone) -> BTreeMap<String, Weight> {
     let mut tensors = BTreeMap::new();
     let architecture = backbone.architecture();
     parameters::visit(backbone, |name, shape, value| {
@@ -243,10 +232,16 @@ pub fn backbone_file(backbone: &Backbone, description: &Description) -> WeightFi
     for (name, values) in buffers(backbone) {
         tensors.insert(name, Weight { shape: vec![values.len()], values });
     }
-    let json = serde_json::to_string(description).expect("a description is plain data");
-    // PyTorch's loaders ask for a format.
-    let metadata = [(DESCRIPTION_KEY.to_owned(), json), ("format".to_owned(), "pt".to_owned())];
-    WeightFile { tensors, metadata: metadata.into() }
+    tensors
+}
+
+/// A weight file of a backbone: its tensors under the references' names, with its description and its fingerprint.
+///
+/// # Panics
+/// If a parameter cannot be read back from the device.
+pub fn backbone_file(backbone: &Backbone, description: &Description) -> WeightFile {
+    let description = Description { fingerprint: Fingerprint::of(backbone), ..description.clone() };
+    WeightFile { tensors: reference_tensors(backbone), metadata: description.metadata() }
 }
 
 /// The values of a flat tensor on the host.
@@ -257,41 +252,36 @@ pub fn host(value: Tensor<1>) -> Vec<f32> {
     value.into_data().try_into_vec().expect("single-precision values can be read back from their device")
 }
 
-/// Loads the backbone that `path` describes.
+/// The backbone that `tensors`, under the references' names, make up.
 ///
 /// # Errors
-/// A file that cannot be read, does not describe its backbone, or does not cover it exactly.
-pub fn load_backbone(path: &Path, device: &Device) -> Result<(Backbone, Description), WeightError> {
-    let mut file = WeightFile::read(path)?;
-    let not = |reason: String| WeightError::NotABackbone { path: path.to_owned(), reason };
-    let json = file
-        .metadata
-        .get(DESCRIPTION_KEY)
-        .ok_or_else(|| not("no `dinoxide` entry in its metadata says what backbone this is".to_owned()))?;
-    let description: Description =
-        serde_json::from_str(json).map_err(|e| not(format!("its description of the backbone is not readable: {e}")))?;
-    let config = &description.architecture;
-    let model = |source| WeightError::Model { path: path.to_owned(), source };
-    config.check().map_err(model)?;
-    let needed: usize = file.tensors.values().map(|w| w.values.len()).sum();
-    if parameter_count(config) > needed.saturating_mul(2).saturating_add(1 << 20) {
-        return Err(not(format!("it describes a model of {} parameters and holds {needed}", parameter_count(config))));
+/// An architecture that cannot be built, or tensors that do not cover it exactly.
+pub fn assemble(
+    architecture: &Architecture,
+    mut tensors: BTreeMap<String, Weight>,
+    device: &Device,
+) -> Result<Backbone, AssemblyError> {
+    architecture.check()?;
+    let (needed, found) = (parameter_count(architecture), tensors.values().map(|w| w.values.len()).sum::<usize>());
+    if needed > found.saturating_mul(2).saturating_add(1 << 12) {
+        return Err(AssemblyError::TooLarge { needed, found });
     }
     // Every value is replaced below; the stream only fills memory.
-    let backbone = Backbone::new(config, device, &mut dinoxide_random::stream(0, dinoxide_random::Purpose::Init, 0, 0));
+    let mut rng = dinoxide_random::stream(0, dinoxide_random::Purpose::Init, 0, 0);
+    let backbone = Backbone::new(architecture, device, &mut rng);
 
     let mut differences = Vec::new();
-    for (alias, name) in aliases(config) {
+    for (alias, name) in aliases(architecture) {
         // A file may lack the second name, but not contradict the first.
-        if let Some(found) = file.tensors.remove(*alias)
-            && file.tensors.get(*name).is_some_and(|first| *first != found)
+        if let Some(found) = tensors.remove(*alias)
+            && tensors.get(*name).is_some_and(|first| *first != found)
         {
             differences.push(format!("  `{alias}` is not equal to `{name}`, of which it is another name"));
         }
     }
     for (name, values) in buffers(&backbone) {
         // A buffer is computed from the description; a file may lack it, but not contradict it.
-        if let Some(found) = file.tensors.remove(&name)
+        if let Some(found) = tensors.remove(&name)
             && (found.values.len() != values.len()
                 || found.values.iter().zip(&values).any(|(a, b)| (a - b).abs() > 1e-3 * b.abs().max(1.0)))
         {
@@ -299,8 +289,8 @@ pub fn load_backbone(path: &Path, device: &Device) -> Result<(Backbone, Descript
         }
     }
     for (name, shape) in parameters::shapes(&backbone) {
-        let name = reference_name(config, &name);
-        match file.tensors.get(&name) {
+        let name = reference_name(architecture, &name);
+        match tensors.get(&name) {
             None => differences.push(format!("  missing: `{name}` {shape:?}")),
             Some(found) if found.shape != shape => {
                 differences.push(format!("  `{name}` is {:?}, the model expects {shape:?}", found.shape));
@@ -308,17 +298,17 @@ pub fn load_backbone(path: &Path, device: &Device) -> Result<(Backbone, Descript
             Some(_) => {}
         }
     }
-    let expected: Vec<String> = parameters::shapes(&backbone).iter().map(|(n, _)| reference_name(config, n)).collect();
-    differences.extend(file.tensors.keys().filter(|n| !expected.contains(n)).map(|n| format!("  extra: `{n}`")));
+    let expected: Vec<String> =
+        parameters::shapes(&backbone).iter().map(|(n, _)| reference_name(architecture, n)).collect();
+    differences.extend(tensors.keys().filter(|n| !expected.contains(n)).map(|n| format!("  extra: `{n}`")));
     if !differences.is_empty() {
-        return Err(WeightError::Coverage { path: path.to_owned(), differences });
+        return Err(AssemblyError::Coverage(differences));
     }
-    let backbone = parameters::replace(backbone, |name, _| {
-        let weight = file.tensors.remove(&reference_name(config, name)).expect("coverage was checked");
+    Ok(parameters::replace(backbone, |name, _| {
+        let weight = tensors.remove(&reference_name(architecture, name)).expect("coverage was checked");
         let length = weight.values.len();
         Tensor::from_data(TensorData::new(weight.values, [length]), device)
-    });
-    Ok((backbone, description))
+    }))
 }
 
 /// A lower bound of a backbone's parameters, from its description alone: what a hostile file must be checked against

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use dinoxide_data::{DataError, LoaderError};
 use dinoxide_evaluation::EvaluationError;
-use dinoxide_model::weights::WeightError;
 
 use crate::step::StepError;
 
@@ -26,9 +25,6 @@ pub enum TrainError {
     /// An evaluation.
     #[error(transparent)]
     Evaluation(#[from] EvaluationError),
-    /// A weight file.
-    #[error(transparent)]
-    Weights(#[from] WeightError),
     /// The file system.
     #[error("{}: {source}", path.display())]
     Io {

@@ -530,9 +530,10 @@ impl<'a> Run<'a> {
                 data: config.data.source.clone(),
                 software: SOFTWARE.into(),
             },
+            fingerprint: None,
         };
         let path = self.directory.join("teacher.safetensors");
-        backbone_file(&self.state.teacher.backbone, &description).write(&path)?;
+        backbone_file(&self.state.teacher.backbone, &description).write(&path).map_err(TrainError::io(&path))?;
         Ok(path)
     }
 

@@ -1,4 +1,4 @@
-//! `dinoxide eval` and `dinoxide inspect`.
+//! `dinoxide eval`, `dinoxide inspect` and `dinoxide export`.
 
 use serde_json::Value;
 
@@ -126,7 +126,7 @@ fn files_that_are_no_backbone_are_named() {
         ("header.safetensors", "not a readable safetensors file"),
         ("missing.safetensors", ""),
         ("train", ""),
-        (state, "no `dinoxide` entry in its metadata"),
+        (state, "the state of a training run: student, teacher and optimizer"),
     ];
     for (file, reason) in cases {
         let parts = [&format!("error: {file}: "), reason];
@@ -161,4 +161,35 @@ fn inspect_shows_architecture_origin_and_tensors() {
         .sum();
     assert_eq!(result["values"].as_u64(), Some(values));
     assert!(tensors.iter().all(|tensor| tensor["norm"].is_number()));
+}
+
+#[test]
+fn a_trained_backbone_goes_out_and_comes_back() {
+    let place = place();
+    let knn = |weights: &str| {
+        let args = ["eval", "knn", "--weights", weights, "--train", "train", "--val", "val", "--k", "5", "--json"];
+        one_object(&place.run(&args).succeeded().stdout)["scores"].clone()
+    };
+    let expected = knn("run/teacher.safetensors");
+    let formats = [("safetensors", "out.safetensors"), ("hf", "out"), ("meta", "out.pth"), ("timm", "out.timm")];
+    for (format, output) in formats {
+        let args = ["export", "--weights", "run/teacher.safetensors", "--format", format, "--output", output];
+        let done = place.run(&args).succeeded();
+        assert_eq!(done.stdout, "", "{format}");
+        assert!(done.stderr.ends_with(&format!("wrote {output}, read back and compared\n")), "{}", done.stderr);
+        let shown = one_object(&place.run(&["inspect", output, "--json"]).succeeded().stdout);
+        assert_eq!((&shown["fingerprint"], &shown["provenance"]["steps"]), (&"exact".into(), &10.into()), "{format}");
+        assert_eq!(knn(output), expected, "{format}");
+    }
+    let trained = one_object(&place.run(&["inspect", "run/teacher.safetensors", "--json"]).succeeded().stdout);
+    assert_eq!((&trained["fingerprint"], &trained["notes"]), (&"exact".into(), &serde_json::json!([])));
+    let again = ["export", "--weights", "run/teacher.safetensors", "--format", "hf", "--output", "out"];
+    place.run(&again).failed(2, &["out: a folder with something in it", "hint: give another `--output`"]);
+    let damaged = place.read("out.pth").len() - 5;
+    place.write("damaged.pth", &place.read("out.pth")[..damaged]);
+    place.run(&["inspect", "damaged.pth"]).failed(1, &["damaged.pth: not a readable PyTorch file: "]);
+    assert!(!place.path("nothing").exists());
+    let unread = ["export", "--weights", "damaged.pth", "--format", "timm", "--output", "nothing"];
+    place.run(&unread).failed(1, &["damaged.pth: not a readable PyTorch file: "]);
+    assert!(!place.path("nothing").exists());
 }
