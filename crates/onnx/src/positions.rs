@@ -82,8 +82,9 @@ impl Grid {
             let name = |part: &str| format!("rope.{name}{part}");
             let at = self.centres(g, &name(""), count);
             let at = g.op(&name(".doubled"), "Mul", &[&at, &self.two], vec![]);
-            let at = g.op(&name(".relative"), "Div", &[&at, by], vec![]);
-            let at = g.op(&name(".coordinates"), "Sub", &[&at, &self.one], vec![]);
+            // Twice a centre and a size are whole numbers: this rounds once.
+            let at = g.op(&name(".from_middle"), "Sub", &[&at, by], vec![]);
+            let at = g.op(&name(".coordinates"), "Div", &[&at, by], vec![]);
             let axes = g.ints(&name(".axes"), &axes);
             let at = g.op(&name(".on_axis"), "Reshape", &[&at, &axes], vec![]);
             let angles = g.op(&name(".angles"), "Mul", &[&at, &frequencies], vec![]);

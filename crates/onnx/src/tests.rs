@@ -174,7 +174,9 @@ fn a_file_of_any_size_gives_what_the_backbone_gives_at_every_size() {
             let shape = [3, 3, rows * patch, columns * patch];
             let check = verify::compare_on(&model, &path, &backbone, &description, &options, shape)
                 .unwrap_or_else(|e| panic!("{name}: {e}"));
-            assert!(check.deviation < 3e-5, "{name}: {check:?}");
+            // Divided by the smaller side, angles reach 92 radians here, of which single precision knows 1e-5.
+            let allowed = if name == "v3 min" { TOLERANCE } else { 3e-5 };
+            assert!(check.deviation < allowed, "{name}: {check:?}");
             checks += 1;
         }
     }
@@ -262,7 +264,7 @@ fn bytes_that_are_no_graph_are_noticed() {
     let (backbone, description) = backbone(v1());
     let options = fixed(20, 20);
     let mut bytes = encode(model(&backbone, &description, &options).expect("a model")).expect("encoded");
-    bytes.truncate(bytes.len() - 1000);
+    bytes.truncate(bytes.len() / 2);
     let found = keep_if_equal(bytes, &folder.path().join("x.onnx"), &backbone, &description, &options);
     assert!(matches!(found, Err(OnnxError::Runtime { .. })), "{found:?}");
     assert!(entries(folder.path()).is_empty());
