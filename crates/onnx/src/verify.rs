@@ -139,8 +139,7 @@ pub(crate) fn compare_on(
             return Err(runtime(format!("`{output}` is {found_shape:?}, expected {shape:?}")));
         }
         let deviation = deviation(&expected, &found.into_data());
-        // Written so that a deviation that is no number does not pass.
-        if !(deviation <= TOLERANCE) {
+        if deviation > TOLERANCE {
             return Err(OnnxError::Deviates { path: path.to_owned(), output, batch, height, width, deviation });
         }
         worst = deviation.max(worst);
@@ -148,7 +147,8 @@ pub(crate) fn compare_on(
     Ok(Check { batch, height, width, deviation: worst })
 }
 
-/// The largest difference between the values, over their root mean square where that is above 1. Both are of one length.
+/// The largest difference between the values, over the root mean square of the expected ones where that is above 1;
+/// infinite if a difference is no finite number. Both are of one length.
 fn deviation(expected: &[f32], found: &[f32]) -> f32 {
     let mean_square = expected.iter().map(|&e| f64::from(e).powi(2)).sum::<f64>() / expected.len() as f64;
     let mut largest = 0f32;
