@@ -61,7 +61,6 @@ reg4 = with_timm("vit_small_patch14_reg4_dinov2", img_size=20, dynamic_img_size=
 dinov3 = with_timm("vit_small_plus_patch16_dinov3_qkvb", img_size=16, **small)
 convnext = with_timm("convnext_tiny", pretrained=False, num_classes=0, depths=(1, 2, 1, 1), dims=(4, 6, 8, 10))
 cases = [
-    ("dino_full_checkpoint", "hf", hf),
     ("dino_full_checkpoint", "timm", dino),
     ("dino_full_checkpoint", "meta", meta_dino),
     ("dinov3_teacher_checkpoint", "hf", hf),
@@ -75,7 +74,6 @@ cases = [
     ("timm_convnext", "timm", convnext),
     ("timm_dinov3", "hf", hf),
     ("timm_dinov3", "timm", dinov3),
-    ("timm_reg4_dinov2", "hf", hf),
     ("timm_reg4_dinov2", "timm", reg4),
 ]
 worst = 0.0

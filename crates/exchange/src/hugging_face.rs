@@ -328,20 +328,17 @@ pub(crate) fn pack_swiglu(config: &mut VitConfig, tensors: &mut Tensors) -> Resu
     Ok(())
 }
 
-/// The ratio that gives the hidden width by the formula of `Dinov2Config`.
-fn mlp_ratio(config: &VitConfig) -> Result<Value, String> {
-    let (dim, hidden) = (config.embed_dim as f64, config.ffn_hidden);
-    let width = |ratio: f64| {
-        let nominal = (dim * ratio) as usize;
-        if config.ffn == FfnKind::Mlp { nominal } else { ((nominal as f64 * 2.0 / 3.0) as usize).div_ceil(8) * 8 }
+/// The ratio that gives the hidden width by the formula of `Dinov2Config`, which takes whole numbers alone.
+fn mlp_ratio(config: &VitConfig) -> Result<usize, String> {
+    let (dim, hidden) = (config.embed_dim, config.ffn_hidden);
+    // Two thirds of the nominal width, rounded up to 8, for SwiGLU.
+    let width = |ratio: usize| match config.ffn {
+        FfnKind::Mlp => dim * ratio,
+        _ => (2 * dim * ratio / 3).div_ceil(8) * 8,
     };
-    let nominal = if config.ffn == FfnKind::Mlp { hidden as f64 } else { hidden as f64 * 1.5 };
-    let ratios = [nominal / dim, (nominal + 0.5) / dim];
-    match ratios.into_iter().find(|ratio| width(*ratio) == hidden) {
-        Some(ratio) if ratio.fract() == 0.0 => Ok(json!(ratio as u64)),
-        Some(ratio) => Ok(json!(ratio)),
-        None => Err(format!("no `mlp_ratio` gives a hidden width of {hidden} at width {dim}")),
-    }
+    (1..=2 * hidden.div_ceil(dim)).find(|ratio| width(*ratio) == hidden).ok_or_else(|| {
+        format!("no whole `mlp_ratio`, as it needs one, gives a feed-forward layer of width {hidden} at width {dim}")
+    })
 }
 
 /// `config.json`.

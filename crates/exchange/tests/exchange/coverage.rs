@@ -35,7 +35,7 @@ fn missing_extra_and_misshaped_tensors_are_all_listed() {
     });
     assert_eq!(
         refusal(&path),
-        "the tensors do not cover the model exactly\n  `blocks.0.mlp.fc1.weight` is [128, 96], the model expects [96, 128]\n  \
+        "the tensors do not cover the model exactly\n  `blocks.0.mlp.fc1.weight` is [128, 256], the model expects [256, 128]\n  \
          missing: `blocks.1.norm2.bias` [128]\n  extra: `blocks.0.attn.gate.weight`"
     );
 }

@@ -175,7 +175,7 @@ fn what_a_format_cannot_express_is_refused_and_nothing_is_left() {
         (
             VitConfig { ffn_hidden: 44, ..dinov2_registers() },
             hf,
-            "export to hf: no `mlp_ratio` gives a hidden width of 44 at width 128",
+            "export to hf: no whole `mlp_ratio`, as it needs one, gives a feed-forward layer of width 44 at width 128",
         ),
         (max(), timm, "export to timm: its RoPE normalises coordinates per axis and has a base; this model's differs"),
         (

@@ -24,7 +24,7 @@ pub(crate) fn dinov2() -> VitConfig {
         embed_dim: 128,
         depth: 2,
         num_heads: 2,
-        ffn_hidden: 96,
+        ffn_hidden: 256,
         ffn: FfnKind::Mlp,
         qkv_bias: true,
         proj_bias: true,
@@ -49,7 +49,7 @@ pub(crate) fn dinov2_registers() -> VitConfig {
     VitConfig {
         register_tokens: 3,
         ffn: FfnKind::SwigluFused,
-        ffn_hidden: 40,
+        ffn_hidden: 88,
         learned: Some(LearnedConfig { grid: 5, offset: 0.0, antialias: true }),
         ..dinov2()
     }
@@ -73,6 +73,7 @@ pub(crate) fn dinov3() -> VitConfig {
         embed_dim: 64,
         num_heads: 1,
         depth: 3,
+        ffn_hidden: 96,
         mask_k_bias: true,
         norm_eps: 1e-5,
         register_tokens: 4,

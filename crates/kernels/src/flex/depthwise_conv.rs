@@ -287,10 +287,7 @@ impl TapSums<'_> {
 fn load<S: Simd, const U: usize, const WHOLE: bool>(simd: S, slice: &[f32]) -> [S::f32s; U] {
     let mut vectors = [simd.splat_f32s(0.0); U];
     if WHOLE {
-        let whole = S::as_simd_f32s(&slice[..U * S::F32_LANES]).0;
-        for u in 0..U {
-            vectors[u] = whole[u];
-        }
+        vectors.copy_from_slice(S::as_simd_f32s(&slice[..U * S::F32_LANES]).0);
     } else {
         vectors[0] = simd.partial_load_f32s(slice);
     }
@@ -301,10 +298,7 @@ fn load<S: Simd, const U: usize, const WHOLE: bool>(simd: S, slice: &[f32]) -> [
 #[inline(always)]
 fn store<S: Simd, const U: usize, const WHOLE: bool>(simd: S, slice: &mut [f32], vectors: [S::f32s; U]) {
     if WHOLE {
-        let whole = S::as_mut_simd_f32s(&mut slice[..U * S::F32_LANES]).0;
-        for u in 0..U {
-            whole[u] = vectors[u];
-        }
+        S::as_mut_simd_f32s(&mut slice[..U * S::F32_LANES]).0.copy_from_slice(&vectors);
     } else {
         simd.partial_store_f32s(slice, vectors[0]);
     }
