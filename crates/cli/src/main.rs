@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use dinoxide_data::DataError;
 use dinoxide_exchange::ExchangeError;
+use dinoxide_onnx::OnnxError;
 
 /// Tensors of a step are allocated and freed by the thousand; giving their memory back to the system and asking for it
 /// again costs more than the work on the small ones.
@@ -67,6 +68,7 @@ fn is_usage(error: &anyhow::Error) -> bool {
     error.is::<Usage>()
         || error.downcast_ref::<DataError>().is_some_and(DataError::is_usage)
         || error.downcast_ref::<ExchangeError>().is_some_and(ExchangeError::is_usage)
+        || error.downcast_ref::<OnnxError>().is_some_and(OnnxError::is_usage)
 }
 
 fn main() -> ExitCode {

@@ -1,6 +1,6 @@
 //! Writes ONNX files with the features that they must give, for `benches/peer/onnx/check.py` to run in onnxruntime.
 //!
-//! `peer FOLDER [WEIGHTS]`: of the backbone in a weight file, or of two random ones of the size of ViT-S.
+//! `peer FOLDER`: of two random backbones of the size of ViT-S.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -8,21 +8,17 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_model::config::{FfnKind, ModelConfig, Position};
-use dinoxide_model::weights::{Description, Provenance, Weight, WeightFile, host, load_backbone};
-use dinoxide_model::{Vit, parameters};
+use dinoxide_model::weights::{Description, Provenance, Weight, WeightFile, host};
+use dinoxide_model::{Architecture, Vit, parameters};
 use dinoxide_onnx::{ImageSize, Input, Options, export};
 use dinoxide_random::{Purpose, stream};
 use rand::RngExt;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let (folder, backbones) = match arguments.as_slice() {
-        [folder] => (folder, vec![("v2", random(v2())?), ("v3", random(v3())?)]),
-        [folder, weights] => (folder, vec![("weights", load_backbone(Path::new(weights), &Device::flex())?)]),
-        _ => return Err("usage: peer FOLDER [WEIGHTS]".into()),
-    };
+    let [folder] = arguments.as_slice() else { return Err("usage: peer FOLDER".into()) };
     std::fs::create_dir_all(folder)?;
-    for (name, (backbone, description)) in backbones {
+    for (name, (backbone, description)) in [("v2", random(v2())?), ("v3", random(v3())?)] {
         write(Path::new(folder), name, &backbone, &description)?;
     }
     Ok(())
@@ -55,9 +51,9 @@ fn v3() -> (ModelConfig, usize) {
 
 /// A backbone with weights that make attention far from uniform.
 fn random((config, image_size): (ModelConfig, usize)) -> Result<(Vit, Description), Box<dyn Error>> {
-    let architecture = config.resolve(image_size)?;
+    let Architecture::Vit(config) = config.resolve(image_size)? else { return Err("not a ViT".into()) };
     let mut rng = stream(7, Purpose::Init, 0, 0);
-    let backbone = Vit::new(&architecture, &Device::flex(), &mut rng);
+    let backbone = Vit::new(&config, &Device::flex(), &mut rng);
     let shapes: BTreeMap<String, Vec<usize>> = parameters::shapes(&backbone).into_iter().collect();
     let backbone = parameters::replace(backbone, |name, value| {
         let shape = &shapes[name];
@@ -72,18 +68,19 @@ fn random((config, image_size): (ModelConfig, usize)) -> Result<(Vit, Descriptio
         Tensor::from_data(TensorData::from(values.as_slice()), &value.device())
     });
     let description = Description {
-        architecture,
+        architecture: config.into(),
         image_size,
         mean: [0.485, 0.456, 0.406],
         std: [0.229, 0.224, 0.225],
         provenance: Provenance::default(),
+        fingerprint: None,
     };
     Ok((backbone, description))
 }
 
 /// Of one square size, of one that is not square, and of any size; each with the features of random images.
 fn write(folder: &Path, name: &str, backbone: &Vit, description: &Description) -> Result<(), Box<dyn Error>> {
-    let patch = description.architecture.patch_size;
+    let patch = description.architecture.stride();
     let square = description.image_size;
     let (height, width) = (square + 3 * patch, (square / patch / 2).max(1) * patch);
     let files = [
@@ -96,7 +93,7 @@ fn write(folder: &Path, name: &str, backbone: &Vit, description: &Description) -
         export(backbone, description, &Options { input, ..Options::new(size) }, &folder.join(format!("{stem}.onnx")))?;
         let mut expected = WeightFile::default();
         for (i, &(batch, height, width)) in batches.iter().enumerate() {
-            let shape = [batch, description.architecture.in_channels, height, width];
+            let shape = [batch, description.architecture.in_channels(), height, width];
             let mut rng = stream(i as u64, Purpose::Evaluation, batch as u64, 0);
             let given: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random::<f32>()).collect();
             let images = Tensor::<4>::from_data(TensorData::new(given.clone(), shape), &Device::flex());

@@ -22,7 +22,7 @@ mod verify;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use dinoxide_model::{ModelError, Vit, parameters, weights::Description};
+use dinoxide_model::{Architecture, ModelError, Vit, parameters, weights::Description};
 use prost::Message;
 
 /// The version of the standard operators that graphs are written in.
@@ -96,14 +96,12 @@ pub struct Options {
     pub size: ImageSize,
     /// What their values are.
     pub input: Input,
-    /// Written as `fingerprint` into the metadata: whatever says which weights these are.
-    pub fingerprint: Option<String>,
 }
 
 impl Options {
-    /// For images of `size`, RGB on [0, 1], without a fingerprint.
+    /// For images of `size`, RGB on [0, 1], which the graph normalises.
     pub fn new(size: ImageSize) -> Self {
-        Self { size, input: Input::default(), fingerprint: None }
+        Self { size, input: Input::default() }
     }
 }
 
@@ -216,10 +214,17 @@ pub enum OnnxError {
     },
 }
 
+impl OnnxError {
+    /// Whether the request is at fault, rather than the weights or the system.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Model(_) | Self::Channels { .. })
+    }
+}
+
 /// Writes `backbone` to `path` as an ONNX file that has been run and compared with it. A file that was there is replaced.
 ///
 /// The metadata has, as text: `dinoxide`, the whole `description` as JSON; `input` (`rgb` or `normalized`), `mean` and
-/// `std`; `image_size`, height and width, or what they must be multiples of; and `fingerprint`, if there is one.
+/// `std`; `image_size`, height and width, or what they must be multiples of.
 ///
 /// # Errors
 /// Options that do not fit the backbone, a backbone too large for the format, the file system, or a file that does not
@@ -239,7 +244,7 @@ pub fn export(backbone: &Vit, description: &Description, options: &Options, path
 /// The whole message.
 fn model(backbone: &Vit, description: &Description, options: &Options) -> Result<proto::Model, OnnxError> {
     let config = backbone.config();
-    if description.architecture != *config {
+    if description.architecture != Architecture::Vit(config.clone()) {
         return Err(OnnxError::OtherArchitecture);
     }
     let Description { mean, std, .. } = *description;
@@ -259,14 +264,13 @@ fn model(backbone: &Vit, description: &Description, options: &Options) -> Result
         ImageSize::Dynamic => format!("multiples of {}", config.patch_size),
     };
     let list = |values: [f32; 3]| values.map(|value| value.to_string()).join(",");
-    let mut metadata = vec![
+    let metadata = [
         ("dinoxide", serde_json::to_string(description).expect("a description is plain data")),
         ("input", if options.input == Input::Rgb { "rgb" } else { "normalized" }.to_owned()),
         ("mean", list(mean)),
         ("std", list(std)),
         ("image_size", image_size.clone()),
     ];
-    metadata.extend(options.fingerprint.clone().map(|fingerprint| ("fingerprint", fingerprint)));
     Ok(proto::Model {
         ir_version: Some(IR_VERSION),
         producer_name: Some("dinoxide".to_owned()),

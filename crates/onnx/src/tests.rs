@@ -90,7 +90,7 @@ fn cases() -> [(&'static str, (ModelConfig, usize)); 5] {
 
 /// A backbone in which every parameter matters: no two have equal values, attention is far from uniform.
 fn backbone((config, image_size): (ModelConfig, usize)) -> (Vit, Description) {
-    let config = config.resolve(image_size).expect("sizes that fit");
+    let Architecture::Vit(config) = config.resolve(image_size).expect("sizes that fit") else { panic!("a ViT") };
     let mut rng = stream(7, Purpose::Init, 0, 0);
     let backbone = Vit::new(&config, &Device::flex(), &mut rng);
     let shapes: BTreeMap<String, Vec<usize>> = parameters::shapes(&backbone).into_iter().collect();
@@ -105,11 +105,12 @@ fn backbone((config, image_size): (ModelConfig, usize)) -> (Vit, Description) {
         Tensor::from_data(TensorData::from(values.as_slice()), &value.device())
     });
     let description = Description {
-        architecture: config,
+        architecture: config.into(),
         image_size,
         mean: [0.485, 0.456, 0.406],
         std: [0.229, 0.224, 0.225],
         provenance: Provenance::default(),
+        fingerprint: None,
     };
     (backbone, description)
 }
@@ -135,7 +136,7 @@ fn files_of_one_size_give_what_the_backbone_gives() {
     let mut checks = 0;
     for (name, case) in cases() {
         let (backbone, description) = backbone(case);
-        let patch = description.architecture.patch_size;
+        let patch = description.architecture.stride();
         let trained = description.image_size;
         for (height, width) in [(trained, trained), (trained + 2 * patch, patch), (2 * patch, trained + 5 * patch)] {
             for input in [Input::Rgb, Input::Normalized] {
@@ -163,7 +164,7 @@ fn a_file_of_any_size_gives_what_the_backbone_gives_at_every_size() {
         let (backbone, description) = backbone(case);
         let options = Options::new(ImageSize::Dynamic);
         let report = export(&backbone, &description, &options, &path).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let patch = description.architecture.patch_size;
+        let patch = description.architecture.stride();
         let grid = description.image_size / patch;
         let found: Vec<_> = report.checks.iter().map(|c| (c.batch, c.height / patch, c.width / patch)).collect();
         assert_eq!(found, [(1, grid, grid), (2, grid + 2, grid - 1)]);
@@ -204,15 +205,14 @@ fn the_file_says_what_it_is() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("x.onnx");
     let (backbone, description) = backbone(v2());
-    let options = Options { fingerprint: Some("a1b2".to_owned()), ..fixed(12, 21) };
+    let options = fixed(12, 21);
     export(&backbone, &description, &options, &path).expect("exported");
     let model = proto::Model::decode(fs::read(&path).expect("a file").as_slice()).expect("a message");
     let metadata: BTreeMap<String, String> =
         model.metadata_props.into_iter().map(|e| (e.key.expect("a key"), e.value.expect("a value"))).collect();
-    assert_eq!(metadata.keys().collect::<Vec<_>>(), ["dinoxide", "fingerprint", "image_size", "input", "mean", "std"]);
+    assert_eq!(metadata.keys().collect::<Vec<_>>(), ["dinoxide", "image_size", "input", "mean", "std"]);
     let found: Description = serde_json::from_str(&metadata["dinoxide"]).expect("a description");
     assert_eq!(found, description);
-    assert_eq!(metadata["fingerprint"], "a1b2");
     assert_eq!(metadata["image_size"], "12x21");
     assert_eq!((metadata["input"].as_str(), metadata["std"].as_str()), ("rgb", "0.229,0.224,0.225"));
 

@@ -6,7 +6,8 @@ use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use dinoxide_model::config::{FfnKind, Position, RopeConfig, RopeNormalize, RopePeriods};
 use dinoxide_model::weights::host;
 use dinoxide_model::{
-    CropGroup, HeadConfig, HeadNorm, ModelConfig, ProjectionHead, Rope, RopeDraw, StochasticDraws, Vit, parameters,
+    Architecture, CropGroup, HeadConfig, HeadNorm, ModelConfig, ProjectionHead, Rope, RopeDraw, StochasticDraws, Vit,
+    parameters,
 };
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
@@ -30,7 +31,7 @@ fn config(position: Position) -> ModelConfig {
 }
 
 fn vit(config: &ModelConfig) -> Vit {
-    let config = config.resolve(4 * PATCH).expect("sizes fit");
+    let Architecture::Vit(config) = config.resolve(4 * PATCH).expect("sizes fit") else { panic!("a ViT") };
     let mut vit = Vit::new(&config, &Device::flex(), &mut ChaCha8Rng::seed_from_u64(1));
     // Fresh tokens and tables are next to nothing beside what they are added to.
     vit.pos_embed = vit.pos_embed.map(|table| Param::from_tensor(noise(table.val().dims(), 2)));

@@ -197,3 +197,24 @@ fn a_trained_backbone_goes_out_and_comes_back() {
     place.run(&unread).failed(1, &["damaged.pth: not a readable PyTorch file: "]);
     assert!(!place.path("nothing").exists());
 }
+
+#[test]
+fn a_trained_backbone_becomes_an_onnx_file() {
+    let place = place();
+    let onnx = |rest: &[&str]| {
+        let fixed = ["export", "--weights", "run/teacher.safetensors", "--format", "onnx", "--output", "out.onnx"];
+        place.run(&[&fixed, rest].concat())
+    };
+    for rest in [&[][..], &["--image-size", "24x40", "--normalized-input"], &["--image-size", "dynamic"]] {
+        let done = onnx(rest).succeeded();
+        assert_eq!(done.stdout, "");
+        assert!(done.stderr.contains("wrote out.onnx, run in another runtime and compared: "), "{}", done.stderr);
+        std::fs::remove_file(place.path("out.onnx")).expect("the file is there");
+    }
+    onnx(&["--image-size", "18"]).failed(2, &["image height 18 is not a multiple of the patch size 4"]);
+    onnx(&["--image-size", "24x"]).failed(2, &["expected `224`, `224x448` (height first) or `dynamic`"]);
+    let size =
+        ["export", "--weights", "run/teacher.safetensors", "--format", "hf", "--output", "hf", "--image-size", "24"];
+    place.run(&size).failed(2, &["are for `--format onnx`"]);
+    assert!(!place.path("out.onnx").exists() && !place.path("hf").exists());
+}

@@ -1,0 +1,156 @@
+//! Backends agree: whole training steps on the CPU and on a Vulkan device, compared number by number.
+//!
+//! Needs the feature `vulkan` and a driver; a software driver serves. `DINOXIDE_VULKAN` says which device:
+//! `cpu` for a software driver, `default` for the adapter that the driver prefers. Without it, the test says aloud that it
+//! compared nothing.
+
+#![cfg(feature = "vulkan")]
+#![allow(clippy::print_stderr, reason = "what was skipped and what deviated is this test's output")]
+
+use std::collections::BTreeMap;
+
+use burn::tensor::{Device, DeviceKind, Tensor, TensorData};
+use dinoxide_augmentation::{MaskConfig, batch_masks};
+use dinoxide_model::config::Position;
+use dinoxide_model::weights::host;
+use dinoxide_model::{Architecture, HeadConfig, ModelConfig, parameters};
+use dinoxide_random::{Purpose, stream};
+use dinoxide_trainer::batch::Batch;
+use dinoxide_trainer::optimizer::OptimConfig;
+use dinoxide_trainer::schedule::Scheduled;
+use dinoxide_trainer::step::{Centering, LossConfig, StepReport, TrainState, train_step};
+use rand::RngExt;
+
+const BATCH: usize = 3;
+const LOCALS: usize = 2;
+/// Height and width of global and of local crops, in pixels.
+const SIZES: ([usize; 2], [usize; 2]) = ([20, 12], [8, 12]);
+const PATCH: usize = 4;
+const STEPS: u64 = 3;
+
+fn vit(position: Position) -> Architecture {
+    let config = ModelConfig {
+        embed_dim: Some(24),
+        depth: Some(2),
+        num_heads: Some(3),
+        patch_size: PATCH,
+        register_tokens: if position == Position::Rope { 2 } else { 0 },
+        mask_k_bias: position == Position::Rope,
+        drop_path_rate: 0.0,
+        position,
+        rope_shift: 0.0,
+        rope_jitter: 1.0,
+        rope_rescale: 1.0,
+        layer_scale_init: 1.0,
+        ..ModelConfig::default()
+    };
+    config.resolve(SIZES.0[0]).expect("sizes fit")
+}
+
+fn noise(views: usize, [height, width]: [usize; 2], key: u64, device: &Device) -> Tensor<5> {
+    let mut rng = stream(2, Purpose::Synthetic, key, 0);
+    let shape = [views, BATCH, 3, height, width];
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-2.0..2.0)).collect();
+    Tensor::from_data(TensorData::new(values, shape), device)
+}
+
+fn batch(key: u64, device: &Device) -> Batch {
+    let mut rng = stream(3, Purpose::Mask, key, 0);
+    let mask = MaskConfig { probability: 0.6, ..MaskConfig::default() };
+    Batch {
+        ids: (0..BATCH).map(|i| i.to_string()).collect(),
+        global: noise(2, SIZES.0, 2 * key, device),
+        local: Some(noise(LOCALS, SIZES.1, 2 * key + 1, device)),
+        masks: batch_masks(2 * BATCH, (SIZES.0[0] / PATCH, SIZES.0[1] / PATCH), &mask, &mut rng),
+    }
+}
+
+/// The reports of a few steps, and every weight of student and teacher after them.
+fn train(position: Position, centering: Centering, device: &Device) -> (Vec<StepReport>, BTreeMap<String, Vec<f32>>) {
+    let backbone = vit(position);
+    let losses = LossConfig { centering, ..LossConfig::default() };
+    let head = |prototypes| HeadConfig { prototypes, bottleneck_dim: 6, hidden_dim: 10, ..HeadConfig::default() };
+    // Where a gradient is 0, a first step of Adam is the sign of rounding noise unless `eps` is above it.
+    let optim = OptimConfig { eps: 1e-3, ..OptimConfig::default() };
+    let mut rng = stream(1, Purpose::Init, 0, 0);
+    let mut state = TrainState::new(&backbone, &head(11), Some(&head(7)), &optim, &losses, device, &mut rng);
+    let reports = (0..STEPS).map(|step| {
+        let mut rng = stream(4, Purpose::Forward, step, 0);
+        let draws = vec![[2, LOCALS].map(|crops| backbone.draw(crops * BATCH, &mut rng))];
+        let at = Scheduled {
+            step,
+            lr: 1e-3,
+            last_layer_frozen: false,
+            weight_decay: 0.04,
+            teacher_momentum: 0.9,
+            teacher_temp: 0.06,
+            teacher_patch_temp: 0.05,
+        };
+        train_step(&mut state, &batch(step, device), &draws, &losses, at).expect("finite losses")
+    });
+    let reports = reports.collect();
+    let mut weights = BTreeMap::new();
+    for (network, of) in [("student", &state.student), ("teacher", &state.teacher)] {
+        parameters::visit(of, |name, _, value| {
+            weights.insert(format!("{network}.{name}"), host(value));
+        });
+    }
+    (reports, weights)
+}
+
+/// `|a − b|` over the larger of `|a|` and `floor`.
+fn deviation(a: f64, b: f64, floor: f64) -> f64 {
+    (a - b).abs() / a.abs().max(floor)
+}
+
+#[test]
+fn cpu_and_vulkan_take_the_same_steps() {
+    let device = match std::env::var("DINOXIDE_VULKAN").as_deref() {
+        Ok("cpu") => Device::vulkan(DeviceKind::Cpu),
+        Ok("default") => Device::vulkan(DeviceKind::DefaultDevice),
+        Ok(other) => panic!("DINOXIDE_VULKAN={other}: expected `cpu` or `default`"),
+        Err(_) => {
+            eprintln!("SKIPPED: set DINOXIDE_VULKAN=cpu or =default to compare the CPU with a Vulkan device");
+            return;
+        }
+    };
+    let mut compared = 0;
+    for (position, centering) in [(Position::Rope, Centering::Sinkhorn), (Position::Learned, Centering::Softmax)] {
+        let (cpu, cpu_weights) = train(position, centering, &Device::flex());
+        let (gpu, gpu_weights) = train(position, centering, &device);
+        let mut worst: BTreeMap<&str, f64> = BTreeMap::new();
+        let mut see = |what, deviation: f64| {
+            let worst = worst.entry(what).or_default();
+            *worst = worst.max(deviation);
+            compared += 1;
+        };
+        for (a, b) in cpu.iter().zip(&gpu) {
+            let terms = |r: &StepReport| {
+                let l = &r.losses;
+                [l.dino_global, l.dino_local, l.ibot, l.koleo, Some(l.total)]
+                    .map(|term| term.expect("every term is on"))
+            };
+            terms(a).into_iter().zip(terms(b)).for_each(|(a, b)| see("loss", deviation(a, b, 0.1)));
+            assert_eq!(a.gradient_norms.len(), b.gradient_norms.len());
+            for (name, norm) in &a.gradient_norms {
+                see("gradient norm", deviation(*norm, b.gradient_norms[name], 1e-3));
+            }
+            let entropy = |r: &StepReport| r.target_entropy.expect("CLS tokens have targets").conditional;
+            see("entropy", deviation(entropy(a), entropy(b), 0.1));
+        }
+        assert_eq!(cpu_weights.len(), gpu_weights.len());
+        for (name, a) in &cpu_weights {
+            let b = &gpu_weights[name];
+            assert_eq!(a.len(), b.len(), "{name}");
+            let scale = a.iter().fold(0f32, |m, v| m.max(v.abs())).max(1e-2);
+            let worst = a.iter().zip(b).fold(0f32, |m, (a, b)| m.max((a - b).abs())) / scale;
+            see("weight", f64::from(worst));
+        }
+        eprintln!("{position:?}, {centering:?}: largest relative deviations {worst:?}");
+        for (what, bound) in [("loss", 1e-4), ("gradient norm", 1e-3), ("entropy", 1e-4), ("weight", 1e-3)] {
+            assert!(worst[what] < bound, "{position:?}: {what} deviates by {:.2e}, bound {bound:.0e}", worst[what]);
+        }
+    }
+    eprintln!("backends: {compared} values compared");
+    assert!(compared > 200);
+}
