@@ -359,7 +359,6 @@ pub(crate) fn config(architecture: &Architecture, image_size: usize) -> Value {
                 "drop_path_rate": 0.0,
                 "image_size": image_size,
                 "dtype": "float32",
-                "torch_dtype": "float32",
             })
         }
     }
@@ -377,7 +376,6 @@ fn vit_config(config: &VitConfig, image_size: usize) -> Value {
         "layerscale_value": config.layer_scale_init,
         "drop_path_rate": 0.0,
         "dtype": "float32",
-        "torch_dtype": "float32",
     });
     let mut set = |entries: Value| {
         let (Value::Object(to), Value::Object(from)) = (&mut value, entries) else { unreachable!("both are objects") };
