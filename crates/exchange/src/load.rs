@@ -81,7 +81,7 @@ const MAX_CHANNELS: usize = 1024;
 pub fn load(path: &Path, device: &Device) -> Result<Loaded, ExchangeError> {
     let source = Source::open(path)?;
     let bad = |reason: String| ExchangeError::unreadable(path, reason);
-    let (names, inner, mut notes) = select(&source).map_err(bad)?;
+    let Selection { names, inner, mut notes } = select(&source).map_err(bad)?;
     let exact = inner.values().all(|name| source.tensors[name].element == Element::F32);
     let tensors = read(&source, &inner).map_err(bad)?;
 
@@ -145,9 +145,18 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded, ExchangeError> {
     Ok(Loaded { backbone, description, format, notes, verdict })
 }
 
-/// Finds the backbone among the tensors: whose names they have, its tensors' names without what is around them, each with
-/// the name in the file, and notes of what is left out.
-fn select(source: &Source) -> Result<(Names, BTreeMap<String, String>, Vec<String>), String> {
+/// The backbone among the tensors of a file.
+struct Selection {
+    /// Whose names its tensors have.
+    names: Names,
+    /// Their names without what is around them, each with the name in the file.
+    inner: BTreeMap<String, String>,
+    /// What is left out.
+    notes: Vec<String>,
+}
+
+/// Finds the backbone among the tensors.
+fn select(source: &Source) -> Result<Selection, String> {
     let mut clean = BTreeMap::new();
     for name in source.tensors.keys() {
         let short: Vec<&str> = name.split('.').filter(|segment| !WRAPPERS.contains(segment)).collect();
@@ -208,7 +217,7 @@ fn select(source: &Source) -> Result<(Names, BTreeMap<String, String>, Vec<Strin
         let tensors = if count == 1 { "1 tensor".to_owned() } else { format!("{count} tensors") };
         format!("left out: `{what}`, {tensors}")
     });
-    Ok((names, inner, notes.collect()))
+    Ok(Selection { names, inner, notes: notes.collect() })
 }
 
 /// Which of several backbones is meant: the teacher, then the one that is there alone, and the student last.
