@@ -1,5 +1,6 @@
 //! The `dinoxide` command. The only crate that reads arguments, prints, and exits.
 
+mod allocator;
 mod device;
 mod eval;
 mod export;
@@ -15,11 +16,6 @@ use clap::{Parser, Subcommand};
 use dinoxide_data::DataError;
 use dinoxide_exchange::ExchangeError;
 use dinoxide_onnx::OnnxError;
-
-/// Tensors of a step are allocated and freed by the thousand; giving their memory back to the system and asking for it
-/// again costs more than the work on the small ones.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Train vision backbones by self-distillation (DINO, iBOT, DINOv2, DINOv3) on a plain folder of images.
 #[derive(Parser)]
@@ -72,6 +68,7 @@ fn is_usage(error: &anyhow::Error) -> bool {
 }
 
 fn main() -> ExitCode {
+    allocator::keep_freed_memory();
     let cli = Cli::parse();
     // Parallel operations started from inside the pool need no waking of another thread and no waiting for it.
     let outcome = rayon::scope(|_| match cli.command {
