@@ -88,8 +88,8 @@ impl Scene {
             blobs: (0..rng.random_range(3..7)).map(|_| Blob::new(&mut rng, half)).collect(),
             object: Object::new(&mut rng, shape, pattern, half),
             light: {
-                // Up to three fifths less or more at the ends of the longer side.
-                let strength = uniform(&mut rng, 0.0, 1.2) / (2.0 * half[0].max(half[1]));
+                // Up to a third less or more at the ends of the longer side.
+                let strength = uniform(&mut rng, 0.0, 0.7) / (2.0 * half[0].max(half[1]));
                 direction(uniform(&mut rng, 0.0, TAU)).map(|part| strength * part)
             },
             noise: uniform(&mut rng, 0.01, 0.05),
@@ -143,7 +143,7 @@ impl Scene {
 impl Room {
     fn new(rng: &mut impl Rng, half_height: f32) -> Self {
         let pair = |rng: &mut _| {
-            let (hue, value) = (uniform(rng, 0.0, 1.0), uniform(rng, 0.2, 0.8));
+            let (hue, value) = (uniform(rng, 0.0, 1.0), uniform(rng, 0.35, 0.65));
             let (other_hue, other_value) = (hue + uniform(rng, -0.12, 0.12), value + uniform(rng, -0.15, 0.15));
             [hsv(hue, uniform(rng, 0.02, 0.15), value), hsv(other_hue, uniform(rng, 0.02, 0.15), other_value)]
         };
@@ -209,9 +209,9 @@ impl Object {
             radius,
             depth: Self::SIZE / radius,
             turn: direction(uniform(rng, 0.0, TAU)),
-            pattern_turn: direction(uniform(rng, 0.0, TAU)),
+            pattern_turn: direction(uniform(rng, -0.7, 0.7)),
             pattern_offset: [uniform(rng, 0.0, 8.0), uniform(rng, 0.0, 8.0)],
-            period: uniform(rng, 0.085, 0.12),
+            period: uniform(rng, 0.12, 0.18),
             tones: Self::tones(rng),
             light: direction(uniform(rng, 0.0, TAU)),
         }
