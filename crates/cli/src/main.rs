@@ -34,7 +34,7 @@ enum Command {
     Eval(eval::Command),
     /// Show what weights hold: architecture, origin, parameters, whether they are whole.
     Inspect(inspect::Args),
-    /// Write a backbone for another library: Hugging Face, the DINO repositories, timm.
+    /// Write a backbone for another library: Hugging Face, the DINO repositories, timm, ONNX.
     Export(export::Args),
     /// List the recipes, or show one with every value and where it comes from.
     Recipes(recipes::Args),

@@ -4,6 +4,7 @@
 //! its [`VitConfig`], or a [`ConvNext`], which DINOv3 distils into. A [`ProjectionHead`] maps its tokens to prototypes.
 //! Nothing here draws randomness that was not passed in, and nothing but [`weights`] does I/O.
 
+mod arch;
 mod backbone;
 pub mod config;
 mod convnext;
@@ -18,8 +19,9 @@ mod rope;
 mod vit;
 pub mod weights;
 
+pub use arch::{Arch, Sizes};
 pub use backbone::{Architecture, Backbone};
-pub use config::{Arch, ModelConfig, VitConfig};
+pub use config::{ModelConfig, VitConfig};
 pub use convnext::{ConvNext, ConvNextBlock, ConvNextConfig, Convolution};
 pub use draws::{BranchDraw, StochasticDraws};
 pub use fingerprint::{Fingerprint, Mismatch};

@@ -12,6 +12,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use tempfile::NamedTempFile;
 
 use crate::{Architecture, Backbone, ConvNextConfig, Fingerprint, ModelError, VitConfig, layers, parameters};
 
@@ -112,16 +113,24 @@ impl WeightFile {
 /// # Errors
 /// Whatever the file system says; the temporary file is removed then.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = temporary_beside(path, "")?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|e| e.error)?;
+    Ok(())
+}
+
+/// A file in the folder of `path` whose name ends in `suffix`, to be renamed to `path` when it is whole; removed otherwise.
+///
+/// # Errors
+/// Whatever the file system says.
+pub fn temporary_beside(path: &Path, suffix: &str) -> std::io::Result<NamedTempFile> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
     // Temporary files are their owner's alone unless told otherwise; this one is to be like any other.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.prefix(".writing-").tempfile_in(folder)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|e| e.error)?;
-    Ok(())
+    builder.prefix(".writing-").suffix(suffix).tempfile_in(folder)
 }
 
 /// What a weight file says of itself under the metadata key `dinoxide`.

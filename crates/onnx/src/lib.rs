@@ -22,7 +22,8 @@ mod verify;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use dinoxide_model::{Architecture, ModelError, Vit, parameters, weights::Description};
+use dinoxide_model::weights::{Description, temporary_beside};
+use dinoxide_model::{Architecture, ModelError, Vit, parameters};
 use prost::Message;
 
 /// The version of the standard operators that graphs are written in.
@@ -309,12 +310,7 @@ fn keep_if_equal(
     options: &Options,
 ) -> Result<Vec<Check>, OnnxError> {
     let io = |source| OnnxError::Io { path: path.to_owned(), source };
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    // Temporary files are their owner's alone unless told otherwise; this one is to be like any other.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.prefix(".writing-").suffix(".onnx").tempfile_in(folder).map_err(io)?;
+    let mut file = temporary_beside(path, ".onnx").map_err(io)?;
     file.write_all(&bytes).and_then(|()| file.as_file().sync_all()).map_err(io)?;
     // The runtime reads the file itself, and a large backbone need not be in memory once more.
     drop(bytes);

@@ -120,13 +120,44 @@ impl Grid {
     }
 }
 
+/// Work on each channel by itself.
+trait ByChannel {
+    /// How many channels there are.
+    fn count(&self) -> usize;
+
+    /// Does the work for the channels `span`: `U` whole vectors of them, or, unless `WHOLE`, at most one.
+    fn channels<S: Simd, const U: usize, const WHOLE: bool>(&mut self, simd: S, span: Range<usize>);
+}
+
+/// The work for all channels, as many at once as fit.
+struct AllChannels<W>(W);
+
+impl<W: ByChannel> WithSimd for AllChannels<W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let channels = self.0.count();
+        let mut first = 0;
+        while first + WIDE * S::F32_LANES <= channels {
+            self.0.channels::<S, WIDE, true>(simd, first..first + WIDE * S::F32_LANES);
+            first += WIDE * S::F32_LANES;
+        }
+        while first < channels {
+            let end = channels.min(first + S::F32_LANES);
+            self.0.channels::<S, 1, false>(simd, first..end);
+            first = end;
+        }
+    }
+}
+
 /// `start + Σ taps·x` at every place of every image.
 fn correlate(x: &[f32], taps: &[f32], start: &[f32], grid: Grid) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
     let row = grid.row().max(1);
     let block = (ELEMENT_BLOCK / row).max(1) * row;
     for_each_block(&mut out, block, &mut [], 0, |first, out, _| {
-        simd::vectorized(Correlate { x, taps, start, grid, first_row: first / row, out });
+        simd::vectorized(AllChannels(Correlate { x, taps, start, grid, first_row: first / row, out }));
     });
     out
 }
@@ -142,26 +173,11 @@ struct Correlate<'a> {
     out: &'a mut [f32],
 }
 
-impl WithSimd for Correlate<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        let channels = self.grid.channels;
-        let mut first = 0;
-        while first + WIDE * S::F32_LANES <= channels {
-            self.channels::<S, WIDE, true>(simd, first..first + WIDE * S::F32_LANES);
-            first += WIDE * S::F32_LANES;
-        }
-        while first < channels {
-            let end = channels.min(first + S::F32_LANES);
-            self.channels::<S, 1, false>(simd, first..end);
-            first = end;
-        }
+impl ByChannel for Correlate<'_> {
+    fn count(&self) -> usize {
+        self.grid.channels
     }
-}
 
-impl Correlate<'_> {
     #[inline(always)]
     fn channels<S: Simd, const U: usize, const WHOLE: bool>(&mut self, simd: S, span: Range<usize>) {
         let Grid { height, width, channels, kernel } = self.grid;
@@ -210,7 +226,7 @@ fn tap_sums(x: &[f32], grad: &[f32], batch: usize, grid: Grid) -> Vec<f32> {
     for_each_block(&mut partial, len.max(1), &mut [], 0, |first, sums, _| {
         let first = first / len * images;
         let images = first * grid.image()..batch.min(first + images) * grid.image();
-        simd::vectorized(TapSums { x: &x[images.clone()], grad: &grad[images], grid, sums });
+        simd::vectorized(AllChannels(TapSums { x: &x[images.clone()], grad: &grad[images], grid, sums }));
     });
     in_order(&partial, len)
 }
@@ -223,26 +239,11 @@ struct TapSums<'a> {
     sums: &'a mut [f32],
 }
 
-impl WithSimd for TapSums<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        let channels = self.grid.channels;
-        let mut first = 0;
-        while first + WIDE * S::F32_LANES <= channels {
-            self.channels::<S, WIDE, true>(simd, first..first + WIDE * S::F32_LANES);
-            first += WIDE * S::F32_LANES;
-        }
-        while first < channels {
-            let end = channels.min(first + S::F32_LANES);
-            self.channels::<S, 1, false>(simd, first..end);
-            first = end;
-        }
+impl ByChannel for TapSums<'_> {
+    fn count(&self) -> usize {
+        self.grid.channels
     }
-}
 
-impl TapSums<'_> {
     #[inline(always)]
     fn channels<S: Simd, const U: usize, const WHOLE: bool>(&mut self, simd: S, span: Range<usize>) {
         let Grid { height, width, channels, kernel } = self.grid;
