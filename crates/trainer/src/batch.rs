@@ -14,6 +14,8 @@ pub struct Batch {
     pub global: Tensor<5>,
     /// `[L, B, C, h, w]`; `None` without local crops.
     pub local: Option<Tensor<5>>,
+    /// `[2, B, C, H', W']`, what the Gram teacher sees of the global crops; `None` when it sees those themselves.
+    pub gram: Option<Tensor<5>>,
     /// Masks of the global crops.
     pub masks: Masks,
 }
@@ -27,7 +29,10 @@ impl Batch {
         let locals = samples[0].1.local.len();
         let global = stack(samples, 2, |crops, v| &crops.global[v], mean, std, device);
         let local = (locals > 0).then(|| stack(samples, locals, |crops, v| &crops.local[v], mean, std, device));
-        Self { ids: samples.iter().map(|(id, _)| id.clone()).collect(), global, local, masks }
+        let gram = samples[0].1.gram.is_some();
+        let gram =
+            gram.then(|| stack(samples, 2, |crops, v| &crops.gram.as_ref().expect("one recipe")[v], mean, std, device));
+        Self { ids: samples.iter().map(|(id, _)| id.clone()).collect(), global, local, gram, masks }
     }
 
     /// Samples in the batch.
@@ -65,6 +70,7 @@ impl Batch {
             ids: self.ids[range.clone()].to_vec(),
             global: cut(&self.global),
             local: self.local.as_ref().map(cut),
+            gram: self.gram.as_ref().map(cut),
             masks,
         }
     }

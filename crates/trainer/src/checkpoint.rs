@@ -49,6 +49,8 @@ struct Manifest {
 }
 
 const PREFIX: &str = "step-";
+/// Prefix of the Gram teacher's tensors.
+const GRAM_TEACHER: &str = "gram_teacher.backbone.";
 const UNFINISHED: &str = ".writing-";
 
 fn name(step: u64) -> String {
@@ -132,6 +134,12 @@ fn tensors(state: &TrainState) -> WeightFile {
     for (prefix, network) in [("student", &state.student), ("teacher", &state.teacher)] {
         parameters::visit(network, |name, shape, value| {
             file.tensors.insert(format!("{prefix}.{name}"), Weight { shape: shape.to_vec(), values: host(value) });
+        });
+    }
+    if let Some(backbone) = &state.gram_teacher {
+        parameters::visit(backbone, |name, shape, value| {
+            let weight = Weight { shape: shape.to_vec(), values: host(value) };
+            file.tensors.insert(format!("{GRAM_TEACHER}{name}"), weight);
         });
     }
     let mut flat = |name: String, value: Tensor<1>| {
@@ -243,6 +251,14 @@ fn read(path: &Path) -> Result<(Manifest, WeightFile), Fault> {
 
 /// Puts tensors into a state of the same shape. On an error the state is unchanged.
 fn put(state: &mut TrainState, manifest: &Manifest, mut file: WeightFile, device: &Device) -> Result<(), String> {
+    if state.gram_teacher.is_none() && file.tensors.keys().any(|name| name.starts_with(GRAM_TEACHER)) {
+        // A copy that was taken after the start of the run.
+        let mut with_copy = state.clone();
+        with_copy.gram_teacher = Some(state.teacher.backbone.clone());
+        put(&mut with_copy, manifest, file, device)?;
+        *state = with_copy;
+        return Ok(());
+    }
     let expected = tensors(state);
     for (name, weight) in &expected.tensors {
         match file.tensors.get(name) {
@@ -269,6 +285,9 @@ fn put(state: &mut TrainState, manifest: &Manifest, mut file: WeightFile, device
     };
     state.student = network("student", &state.student);
     state.teacher = network("teacher", &state.teacher);
+    if let Some(backbone) = state.gram_teacher.take() {
+        state.gram_teacher = Some(parameters::replace(backbone, |name, _| take(format!("{GRAM_TEACHER}{name}"))));
+    }
     for (name, moments) in &mut state.optimizer.moments {
         moments.m = take(format!("adam_m.{name}"));
         moments.v = take(format!("adam_v.{name}"));
@@ -286,8 +305,8 @@ mod tests {
     use dinoxide_model::{HeadConfig, ModelConfig};
     use dinoxide_random::{Purpose, stream};
 
+    use crate::loss::LossConfig;
     use crate::optimizer::OptimConfig;
-    use crate::step::LossConfig;
 
     fn state() -> TrainState {
         let config = ModelConfig {

@@ -6,6 +6,7 @@ pub mod batch;
 pub mod checkpoint;
 pub mod duration;
 pub mod error;
+pub mod loss;
 pub mod metrics;
 pub mod monitor;
 pub mod network;
@@ -14,6 +15,8 @@ pub mod recipe;
 pub mod run;
 pub mod schedule;
 pub mod step;
+pub mod targets;
+mod terms;
 
 pub use error::TrainError;
 pub use recipe::Recipe;

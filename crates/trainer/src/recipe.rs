@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::duration::Duration;
 use crate::error::TrainError;
+use crate::loss::{EMA, GramTokens, LossConfig};
 use crate::optimizer::OptimConfig;
 use crate::schedule::{Form, Schedule, ScheduleConfig};
-use crate::step::LossConfig;
 
 /// The `[run]` table: what is shown and kept.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -173,16 +173,14 @@ impl Recipe {
         self.augmentation.validate().map_err(|e| invalid(e.to_string()))?;
         self.mask.validate().map_err(|e| invalid(e.to_string()))?;
         let backbone = self.model.resolve(self.augmentation.global_crop_size).map_err(|e| invalid(e.to_string()))?;
-        if self.augmentation.local_crops > 0 {
-            let size = self.augmentation.local_crop_size;
-            backbone.grid(size, size).map_err(|e| invalid(format!("`augmentation.local_crop_size`: {e}")))?;
-        }
+        self.check_crops(&backbone)?;
         let batch = self.train.batch_size;
         self.check_sizes(&backbone)?;
         if let Architecture::ConvNext(_) = backbone {
             self.check_convnext()?;
         }
         self.check_losses()?;
+        self.check_gram()?;
         let steps = self.train.length.steps(batch, samples);
         if steps == 0 {
             return Err(invalid(format!(
@@ -190,7 +188,7 @@ impl Recipe {
                 self.train.length
             )));
         }
-        let schedule = Schedule::new(&self.schedule, steps, batch, samples).map_err(invalid)?;
+        let schedule = Schedule::new(&self.schedule, &self.loss.gram, steps, batch, samples).map_err(invalid)?;
         let every = |key: &str, duration: Duration| match duration.steps(batch, samples) {
             0 => Err(invalid(format!("`{key}` \"{duration}\" is not a single step of {batch} images"))),
             steps => Ok(steps),
@@ -204,6 +202,76 @@ impl Recipe {
             checkpoint_every: every("run.checkpoint_every", self.run.checkpoint_every)?,
             eval_every: self.eval.every.steps(batch, samples),
         })
+    }
+
+    fn check_crops(&self, backbone: &Architecture) -> Result<(), TrainError> {
+        let prefix = if self.augmentation.sizes.is_empty() { "augmentation." } else { "augmentation.sizes: " };
+        for choice in self.augmentation.choices() {
+            let mut sizes = vec![("global_crop_size", choice.global_crop_size)];
+            if choice.local_crops > 0 {
+                sizes.push(("local_crop_size", choice.local_crop_size));
+            }
+            for (key, size) in sizes {
+                backbone.grid(size, size).map_err(|e| TrainError::Recipe(format!("`{prefix}{key}`: {e}")))?;
+            }
+        }
+        let gram = &self.loss.gram;
+        let wanted = self.augmentation.choices().iter().any(|choice| choice.gram_crop_size > 0);
+        if wanted && (gram.weight == 0.0 || gram.teacher == EMA) {
+            return Err(TrainError::Recipe(format!(
+                "`augmentation.gram_crop_size` is set, `loss.gram.weight` is {} and `loss.gram.teacher` \"{}\": only a \
+                 Gram teacher of its own sees crops of its own\n\nhint: set `augmentation.gram_crop_size = 0`, or \
+                 `loss.gram.teacher` to \"snapshot\" or a file",
+                gram.weight, gram.teacher
+            )));
+        }
+        Ok(())
+    }
+
+    fn check_gram(&self) -> Result<(), TrainError> {
+        let invalid = |message: String| Err(TrainError::Recipe(message));
+        let gram = &self.loss.gram;
+        if gram.weight == 0.0 {
+            return Ok(());
+        }
+        if gram.per_image && gram.tokens != GramTokens::All {
+            return invalid(
+                "`loss.gram.tokens` selects some of the patches and `loss.gram.per_image` is true: images have different \
+                 numbers of masked patches\n\nhint: set `loss.gram.per_image = false`, or `loss.gram.tokens = \"all\"`"
+                    .into(),
+            );
+        }
+        if gram.tokens != GramTokens::All && self.loss.ibot_weight == 0.0 {
+            return invalid(
+                "`loss.gram.tokens` asks for masked or unmasked patches and `loss.ibot_weight` is 0: nothing is \
+                 masked\n\nhint: set `loss.gram.tokens = \"all\"`"
+                    .into(),
+            );
+        }
+        if !gram.per_image && self.efficiency.micro_batches > 1 {
+            return invalid(format!(
+                "`loss.gram.per_image` is false and `efficiency.micro_batches` {}: the similarities between all patches of \
+                 a batch need it whole\n\nhint: set `loss.gram.per_image = true`, or `efficiency.micro_batches = 1`",
+                self.efficiency.micro_batches
+            ));
+        }
+        let replaced = gram.refresh_every != Duration::ZERO || gram.refresh_from != Duration::ZERO;
+        if gram.teacher == EMA && (replaced || gram.max_refreshes > 0) {
+            return invalid(
+                "`loss.gram.teacher` is \"ema\", which changes with every step, and `loss.gram.refresh_from`, \
+                 `refresh_every` or `max_refreshes` is set\n\nhint: set `loss.gram.teacher = \"snapshot\"`, or leave \
+                 those out"
+                    .into(),
+            );
+        }
+        if gram.max_refreshes > 0 && gram.refresh_every == Duration::ZERO {
+            return invalid(format!(
+                "`loss.gram.max_refreshes` is {} and `loss.gram.refresh_every` 0: the copy is never replaced\n\nhint: set \
+                 `loss.gram.refresh_every`, or `loss.gram.max_refreshes = 0`",
+                gram.max_refreshes
+            ));
+        }
+        Ok(())
     }
 
     fn check_sizes(&self, backbone: &Architecture) -> Result<(), TrainError> {
@@ -295,6 +363,10 @@ impl Recipe {
             ("loss.local_weight", loss.local_weight),
             ("loss.ibot_weight", loss.ibot_weight),
             ("loss.koleo_weight", loss.koleo_weight),
+            ("loss.gram.weight", loss.gram.weight),
+            ("loss.features.cls_weight", loss.features.cls_weight),
+            ("loss.features.patch_weight", loss.features.patch_weight),
+            ("loss.features.relation_weight", loss.features.relation_weight),
             ("optim.clip_norm", self.optim.clip_norm),
             ("optim.layerwise_decay", self.optim.layerwise_decay),
             ("optim.patch_embed_lr_mult", self.optim.patch_embed_lr_mult),
@@ -309,8 +381,14 @@ impl Recipe {
         if let Some((key, value)) = least.into_iter().find(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
             return invalid(format!("`{key}` is {value}, must be a number from 0 on"));
         }
-        if loss.dino_weight == 0.0 && loss.ibot_weight == 0.0 {
-            return invalid("`loss.dino_weight` and `loss.ibot_weight` are both 0: nothing would be learned".into());
+        for (name, curve) in self.schedule.loss.named() {
+            let values = [("start", curve.start), ("peak", curve.peak), ("end", curve.end)];
+            if let Some((part, value)) = values.into_iter().find(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
+                return invalid(format!("`schedule.loss.{name}.{part}` is {value}, must be a number from 0 on"));
+            }
+        }
+        if loss.dino_weight == 0.0 && loss.ibot_weight == 0.0 && !loss.features.is_used() {
+            return invalid("`loss.dino_weight` and `loss.ibot_weight` are both 0, and so are the weights in `[loss.features]`: nothing would be learned".into());
         }
         let temps = &self.schedule.teacher_temp;
         let temps = [

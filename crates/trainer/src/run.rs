@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::tensor::Device;
-use dinoxide_augmentation::{Crops, MultiCrop, batch_masks};
+use dinoxide_augmentation::{AugmentationConfig, Crops, MultiCrop, batch_masks};
 use dinoxide_config::{Resolved, difference};
 use dinoxide_data::{DataError, Drawn, Loader, Rejected, SampleReader, Source};
 use dinoxide_evaluation::EvaluationError;
@@ -25,7 +25,7 @@ use dinoxide_random::{Purpose, epoch_view, stream};
 use crate::batch::Batch;
 use crate::checkpoint::{self, Progress};
 use crate::error::TrainError;
-use crate::metrics::{Line, LossLine, MetricsFile, ScheduleLine};
+use crate::metrics::{Line, MetricsFile, ScheduleLine};
 use crate::monitor::{Finding, Monitor};
 use crate::recipe::{Plan, Recipe};
 use crate::step::{StepDraws, StepReport, TrainState, train_step};
@@ -224,6 +224,11 @@ fn resident_bytes() -> u64 {
     memory_stats::memory_stats().map_or(0, |stats| stats.physical_mem as u64)
 }
 
+/// Which of the recipe's crop sizes a step has.
+fn crop_sizes(augmentation: &AugmentationConfig, seed: u64, step: u64) -> usize {
+    augmentation.choose(&mut stream(seed, Purpose::CropSizes, step, 0))
+}
+
 impl<'a> Run<'a> {
     fn start(
         config: &'a Recipe,
@@ -313,7 +318,8 @@ impl<'a> Run<'a> {
             let batch = self.next_batch(&mut loader, watch)?;
             let at = self.plan.schedule.at(self.state.step);
             let draws = self.draws(at.step);
-            let report = train_step(&mut self.state, &batch, &draws, &self.config.loss, at)?;
+            let losses = self.plan.schedule.losses_at(&self.config.loss, at.step);
+            let report = train_step(&mut self.state, &batch, &draws, &losses, at)?;
             self.progress.step = self.state.step;
             self.progress.images += batch.len() as u64;
             self.after_step(&report, loader.waited().as_secs_f64(), watch)?;
@@ -371,14 +377,7 @@ impl<'a> Run<'a> {
             seconds: self.clock.seconds(),
             images_per_second: rate,
             data_wait: wait,
-            losses: LossLine {
-                dino_global: losses.dino_global,
-                dino_local: losses.dino_local,
-                ibot: losses.ibot,
-                koleo: losses.koleo,
-                gram: None,
-                total: losses.total,
-            },
+            losses: losses.clone(),
             gradient_norms: report.gradient_norms.iter().map(|(name, norm)| ((*name).to_owned(), *norm)).collect(),
             schedule: ScheduleLine {
                 lr: at.lr,
@@ -407,13 +406,16 @@ impl<'a> Run<'a> {
     fn loader(&self) -> Result<Loader<Result<Sample, DataError>>, TrainError> {
         let seed = self.config.train.seed;
         let reader = SampleReader::new(self.source.clone(), seed);
-        let crops = MultiCrop::new(&self.config.augmentation).map_err(|e| TrainError::Recipe(e.to_string()))?;
+        let augmentation = self.config.augmentation.clone();
+        let choices: Result<Vec<_>, _> = augmentation.choices().iter().map(MultiCrop::new).collect();
+        let choices = choices.map_err(|e| TrainError::Recipe(e.to_string()))?;
         let batch = self.config.train.batch_size;
-        let work = move |position| {
+        let work = move |position: u64| {
             let drawn = reader.draw(position)?;
             let (index, epoch) = (drawn.index as u64, drawn.epoch);
-            let crops =
-                crops.crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
+            let choice = crop_sizes(&augmentation, seed, position / batch as u64);
+            let crops = choices[choice]
+                .crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
             Ok(Sample { id: reader.source().id(drawn.index), drawn, crops })
         };
         let window = batch * self.config.efficiency.prefetch;
@@ -435,7 +437,7 @@ impl<'a> Run<'a> {
             samples.push((id, crops));
         }
         self.progress.bad_images.check(self.source.len(), config.data.max_bad_share)?;
-        let size = config.augmentation.global_crop_size;
+        let size = samples[0].1.global[0].width() as usize;
         let grid = self.plan.backbone.grid(size, size).expect("the plan has checked the size of the crops");
         let mut rng = stream(config.train.seed, Purpose::Mask, self.state.step, 0);
         let masks = batch_masks(2 * samples.len(), grid, &config.mask, &mut rng);

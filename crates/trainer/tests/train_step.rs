@@ -9,11 +9,10 @@ use dinoxide_model::weights::host;
 use dinoxide_model::{Architecture, HeadConfig, ModelConfig, parameters};
 use dinoxide_random::{Purpose, stream};
 use dinoxide_trainer::batch::Batch;
+use dinoxide_trainer::loss::{CenterOver, Centering, LossConfig};
 use dinoxide_trainer::optimizer::OptimConfig;
 use dinoxide_trainer::schedule::Scheduled;
-use dinoxide_trainer::step::{
-    CenterOver, Centering, LossConfig, StepDraws, StepError, StepReport, TrainState, train_step,
-};
+use dinoxide_trainer::step::{StepDraws, StepError, StepReport, TrainState, train_step};
 use rand::RngExt;
 
 const BATCH: usize = 5;
@@ -64,6 +63,7 @@ fn batch(key: u64) -> Batch {
         ids: (0..BATCH).map(|i| format!("photo-{i}.jpg")).collect(),
         global: noise([2, BATCH, 3, global, global], 2 * key),
         local: Some(noise([LOCALS, BATCH, 3, local, local], 2 * key + 1)),
+        gram: None,
         masks: batch_masks(2 * BATCH, (global / 4, global / 4), &mask, &mut rng),
     }
 }
@@ -84,10 +84,12 @@ fn at(step: u64) -> Scheduled {
         step,
         lr: 1e-3,
         last_layer_frozen: false,
+        backbone_frozen: false,
         weight_decay: 0.04,
         teacher_momentum: 0.9,
         teacher_temp: 0.06,
         teacher_patch_temp: 0.05,
+        refresh_gram_teacher: false,
     }
 }
 
