@@ -163,6 +163,19 @@ impl MetricsFile {
         Ok(Self { path: path.to_owned(), file })
     }
 
+    /// Whether a file's last line says that its run is at its end; a missing file has none.
+    ///
+    /// # Errors
+    /// Whatever the file system says.
+    pub fn has_end(path: &Path) -> Result<bool, TrainError> {
+        if !path.exists() {
+            return Ok(false);
+        }
+        let text = std::fs::read_to_string(path).map_err(TrainError::io(path))?;
+        let last = text.lines().last().map(serde_json::from_str::<Line>);
+        Ok(matches!(last, Some(Ok(Line::End { .. }))))
+    }
+
     /// Adds a line.
     ///
     /// # Errors

@@ -13,7 +13,9 @@ use crate::duration::Duration;
 use crate::error::TrainError;
 use crate::loss::{EMA, GramTokens, LossConfig};
 use crate::optimizer::OptimConfig;
+use crate::pretrained::{DistillationConfig, InitConfig, Take};
 use crate::schedule::{Form, Schedule, ScheduleConfig};
+use crate::stages::Stage;
 
 /// The `[run]` table: what is shown and kept.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -132,6 +134,10 @@ pub struct Recipe {
     pub dino_head: HeadConfig,
     /// The head of patch tokens, when separate.
     pub ibot_head: HeadConfig,
+    /// What the run starts from.
+    pub init: InitConfig,
+    /// What it learns from, if not from its own running mean.
+    pub distillation: DistillationConfig,
     /// The losses.
     pub loss: LossConfig,
     /// The optimizer.
@@ -142,6 +148,8 @@ pub struct Recipe {
     pub eval: EvalConfig,
     /// Speed and memory.
     pub efficiency: EfficiencyConfig,
+    /// Runs in a row, each with some of these values changed; none: one run of the recipe as it is.
+    pub stages: Vec<Stage>,
 }
 
 /// A recipe's lengths in steps, and the backbone in numbers.
@@ -181,12 +189,18 @@ impl Recipe {
         }
         self.check_losses()?;
         self.check_gram()?;
+        self.check_distillation()?;
         let steps = self.train.length.steps(batch, samples);
         if steps == 0 {
             return Err(invalid(format!(
                 "`train.length` \"{}\" is not a single step of {batch} images",
                 self.train.length
             )));
+        }
+        if self.init.from.is_empty() && self.init.take == Take::State {
+            return Err(invalid(
+                "`init.take` is \"state\" and `init.from` empty: there is no run to go on from".into(),
+            ));
         }
         let schedule = Schedule::new(&self.schedule, &self.loss.gram, steps, batch, samples).map_err(invalid)?;
         let every = |key: &str, duration: Duration| match duration.steps(batch, samples) {
@@ -274,6 +288,39 @@ impl Recipe {
         Ok(())
     }
 
+    fn check_distillation(&self) -> Result<(), TrainError> {
+        let invalid = |message: &str| Err(TrainError::Recipe(message.to_owned()));
+        let features = &self.loss.features;
+        if !self.is_distilled() {
+            return match features.is_used() {
+                true => invalid(
+                    "`[loss.features]` has weights and `distillation.teacher` is empty: there are no features to \
+                     match\n\nhint: set `distillation.teacher`",
+                ),
+                false => Ok(()),
+            };
+        }
+        if self.loss.gram.weight > 0.0 && self.loss.gram.teacher == EMA {
+            return invalid(
+                "`loss.gram.teacher` is \"ema\" and `distillation.teacher` is set: the targets' teacher and the running mean \
+                 are two networks, and DINOv3 leaves open which of them is meant\n\nhint: set `loss.gram.teacher` to \
+                 \"snapshot\" (the student's own past) or to the teacher's file",
+            );
+        }
+        if features.relation_weight > 0.0 && self.efficiency.micro_batches > 1 {
+            return invalid(
+                "`loss.features.relation_weight` compares all images of a batch, which `efficiency.micro_batches` \
+                 divides\n\nhint: set `efficiency.micro_batches = 1`",
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether a frozen teacher gives the targets.
+    pub fn is_distilled(&self) -> bool {
+        !self.distillation.teacher.is_empty()
+    }
+
     fn check_sizes(&self, backbone: &Architecture) -> Result<(), TrainError> {
         let invalid = |message: String| Err(TrainError::Recipe(message));
         if self.model.in_channels != 3 {
@@ -352,7 +399,8 @@ impl Recipe {
                 loss.ibot_weight, self.mask.probability, self.mask.ratio[1]
             ));
         }
-        if loss.ibot_weight > 0.0 && !self.model.mask_token {
+        // Under a frozen teacher, nothing is masked for the student.
+        if loss.ibot_weight > 0.0 && !self.model.mask_token && !self.is_distilled() {
             return invalid(format!(
                 "`loss.ibot_weight` is {} and `model.mask_token` is false: masked patches need a mask token",
                 loss.ibot_weight
@@ -425,13 +473,9 @@ impl Recipe {
 
     /// What a ConvNeXt cannot do is an error, not left out.
     fn check_convnext(&self) -> Result<(), TrainError> {
+        let masked = if self.is_distilled() { 0.0 } else { self.loss.ibot_weight };
         let values = [
-            (
-                "loss.ibot_weight",
-                self.loss.ibot_weight,
-                0.0,
-                "has no mask token, so it would see the patches it is asked for",
-            ),
+            ("loss.ibot_weight", masked, 0.0, "has no mask token, so it would see the patches it is asked for"),
             ("optim.layerwise_decay", self.optim.layerwise_decay, 1.0, "has the same learning rate in every block"),
             ("optim.patch_embed_lr_mult", self.optim.patch_embed_lr_mult, 1.0, "has no patch embedding"),
         ];

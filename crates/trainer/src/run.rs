@@ -19,16 +19,21 @@ use dinoxide_augmentation::{AugmentationConfig, Crops, MultiCrop, batch_masks};
 use dinoxide_config::{Resolved, difference};
 use dinoxide_data::{DataError, Drawn, Loader, Rejected, SampleReader, Source};
 use dinoxide_evaluation::EvaluationError;
+use dinoxide_model::Projector;
 use dinoxide_model::weights::{Description, Provenance, backbone_file, write_atomically};
 use dinoxide_random::{Purpose, epoch_view, stream};
 
 use crate::batch::Batch;
 use crate::checkpoint::{self, Progress};
 use crate::error::TrainError;
+use crate::loss::{EMA, SNAPSHOT};
 use crate::metrics::{Line, MetricsFile, ScheduleLine};
 use crate::monitor::{Finding, Monitor};
+use crate::network::Network;
+use crate::pretrained::{Pretrained, Take, misfit};
 use crate::recipe::{Plan, Recipe};
 use crate::step::{StepDraws, StepReport, TrainState, train_step};
+use crate::targets::FrozenTeacher;
 
 /// What made a run, in its log and its weight files.
 pub const SOFTWARE: &str = concat!("dinoxide ", env!("CARGO_PKG_VERSION"));
@@ -50,6 +55,8 @@ pub enum Event<'a> {
         /// Whether k-NN is measured.
         monitored: bool,
     },
+    /// Something about the weights that the run starts or learns from.
+    Note(&'a str),
     /// A damaged checkpoint was passed over.
     DamagedCheckpoint {
         /// Where.
@@ -144,15 +151,16 @@ pub fn train(
     let source = config.data.open()?;
     let plan = config.plan(source.len())?;
     let monitor = Monitor::new(config, &source, &config.data.decode)?;
+    let initial = initial(config, plan, directory, device)?;
     let _lock = prepare_directory(recipe, directory)?;
-    let mut run = Run::start(config, plan, source, monitor, directory, device, watch)?;
+    let mut run = Run::start(config, initial, source, monitor, directory, device, watch)?;
     run.go(stop, watch)
 }
 
 /// Creates the run directory, or checks that it is of the same configuration.
 ///
 /// The file returned is locked, so that no other process trains here for as long as it is open.
-fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<File, TrainError> {
+pub(crate) fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<File, TrainError> {
     std::fs::create_dir_all(directory).map_err(TrainError::io(directory))?;
     let lock_path = directory.join(".lock");
     let lock = File::create(&lock_path).map_err(TrainError::io(&lock_path))?;
@@ -173,6 +181,8 @@ fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<File
         let mut known = known.value;
         known.run = recipe.value.run.clone();
         known.efficiency = recipe.value.efficiency.clone();
+        // Where a finished run or a file lies may change; what was taken from it is in the checkpoints.
+        known.init.from = recipe.value.init.from.clone();
         let differences = difference(&known, &recipe.value);
         if !differences.is_empty() {
             let differences: Vec<String> = differences.iter().map(|d| format!("  {d}")).collect();
@@ -224,6 +234,143 @@ fn resident_bytes() -> u64 {
     memory_stats::memory_stats().map_or(0, |stats| stats.physical_mem as u64)
 }
 
+/// A run before its first step.
+struct Initial {
+    state: TrainState,
+    /// With the backbone as it is in the state.
+    plan: Plan,
+    /// What there is to say about weights that were read.
+    notes: Vec<String>,
+}
+
+fn initial(config: &Recipe, mut plan: Plan, directory: &Path, device: &Device) -> Result<Initial, TrainError> {
+    let mut notes = Vec::new();
+    let init = match config.init.from.as_str() {
+        "" => None,
+        from => Some(Pretrained::open("init.from", from, device)?),
+    };
+    if let Some(init) = &init {
+        notes.extend(init.notes.iter().cloned());
+        notes.extend(init.fit(&mut plan.backbone)?);
+    }
+    let mut rng = stream(config.train.seed, Purpose::Init, 0, 0);
+    let tracked = device.clone().autodiff();
+    let mut student = Network::new(&plan.backbone, &config.dino_head, config.patch_head(), &tracked, &mut rng);
+    let frozen = frozen_teacher(config, &plan, device, &mut notes)?;
+    if let Some(frozen) = frozen.as_ref().filter(|_| config.loss.features.projects()) {
+        let (from, to) = (plan.backbone.embed_dim(), frozen.backbone.architecture().embed_dim());
+        student.projector = Some(Projector::new(from, to, &tracked, &mut rng));
+    }
+    if let Some(init) = &init {
+        let (network, kept) = init.put_into(student, device);
+        student = network;
+        notes.push(format!("student and teacher start from {}", init.from));
+        notes.extend(kept);
+    }
+    let mut state = TrainState::of(student, &config.optim, &config.loss, device);
+    state.frozen = frozen;
+    let gram = &config.loss.gram;
+    if gram.weight > 0.0 && gram.teacher != EMA && gram.teacher != SNAPSHOT {
+        let Pretrained { backbone, notes: read, .. } = Pretrained::open("loss.gram.teacher", &gram.teacher, device)?;
+        for choice in config.augmentation.choices() {
+            let size = if choice.gram_crop_size > 0 { choice.gram_crop_size } else { choice.global_crop_size };
+            backbone.architecture().grid(size, size).map_err(|e| {
+                misfit("augmentation.gram_crop_size", format!("the Gram teacher {} cannot see it: {e}", gram.teacher))
+            })?;
+        }
+        if plan.schedule.gram_refresh.every > 0 && backbone.architecture() != plan.backbone {
+            return Err(misfit(
+                "loss.gram.refresh_every",
+                format!(
+                    "the Gram teacher {} has another backbone than the run, whose teacher is to replace it\n\nhint: set \
+                     `loss.gram.refresh_every = \"0 steps\"`",
+                    gram.teacher
+                ),
+            ));
+        }
+        notes.extend(read);
+        state.gram_teacher = Some(backbone);
+    }
+    if !checkpoint::any(&directory.join("checkpoints"))? {
+        if config.init.take == Take::State {
+            checkpoint::continue_from(&Path::new(&config.init.from).join("checkpoints"), &mut state, device)?;
+        }
+        if plan.schedule.gram_refresh.is_due(0) {
+            state.gram_teacher = Some(state.teacher.backbone.clone());
+        }
+    }
+    Ok(Initial { state, plan, notes })
+}
+
+/// The teacher of a distillation, checked against the student.
+fn frozen_teacher(
+    config: &Recipe,
+    plan: &Plan,
+    device: &Device,
+    notes: &mut Vec<String>,
+) -> Result<Option<FrozenTeacher>, TrainError> {
+    if !config.is_distilled() {
+        return Ok(None);
+    }
+    const KEY: &str = "distillation.teacher";
+    let teacher = Pretrained::open(KEY, &config.distillation.teacher, device)?;
+    let (loss, from) = (&config.loss, &teacher.from);
+    for choice in config.augmentation.choices() {
+        let size = choice.global_crop_size;
+        let theirs =
+            teacher.backbone.architecture().grid(size, size).map_err(|e| misfit(KEY, format!("{from}: {e}")))?;
+        let own = plan.backbone.grid(size, size).expect("the plan has checked the size of the crops");
+        if loss.ibot_weight > 0.0 && theirs != own {
+            return Err(misfit(
+                KEY,
+                format!(
+                    "{from}: crops of {size} px are {} × {} patches to it and {} × {} to the student, and \
+                     `loss.ibot_weight` is {}\n\nhint: set `loss.ibot_weight = 0`; `loss.features.patch_weight` matches \
+                     patches of different sizes",
+                    theirs.0, theirs.1, own.0, own.1, loss.ibot_weight
+                ),
+            ));
+        }
+    }
+    let patch_head = config.patch_head().unwrap_or(&config.dino_head);
+    let patches = patch_head.patch_prototypes.unwrap_or(patch_head.prototypes);
+    let heads = [
+        ("loss.dino_weight", loss.dino_weight, "dino_head.prototypes", config.dino_head.prototypes, &teacher.dino_head),
+        (
+            "loss.ibot_weight",
+            loss.ibot_weight,
+            "ibot_head.prototypes",
+            patches,
+            if teacher.ibot_head.is_some() { &teacher.ibot_head } else { &teacher.dino_head },
+        ),
+    ];
+    for (weight_key, weight, key, own, head) in heads {
+        if weight == 0.0 {
+            continue;
+        }
+        let Some(head) = head else {
+            return Err(misfit(
+                KEY,
+                format!(
+                    "{from} has no heads, and `{weight_key}` is {weight}\n\nhint: give the directory of a run, or set \
+                     `loss.dino_weight = 0` and `loss.ibot_weight = 0` and match features with `[loss.features]`"
+                ),
+            ));
+        };
+        let vectors = if weight_key == "loss.ibot_weight" { head.patch_prototypes() } else { &head.last_layer };
+        let theirs = vectors.vectors().dims()[0];
+        if theirs != own {
+            return Err(misfit(
+                KEY,
+                format!("{from} has {theirs} prototypes, `{key}` is {own}\n\nhint: set `{key} = {theirs}`"),
+            ));
+        }
+    }
+    notes.extend(teacher.notes);
+    let Pretrained { backbone, dino_head, ibot_head, .. } = teacher;
+    Ok(Some(FrozenTeacher { backbone, dino_head, ibot_head }))
+}
+
 /// Which of the recipe's crop sizes a step has.
 fn crop_sizes(augmentation: &AugmentationConfig, seed: u64, step: u64) -> usize {
     augmentation.choose(&mut stream(seed, Purpose::CropSizes, step, 0))
@@ -232,17 +379,14 @@ fn crop_sizes(augmentation: &AugmentationConfig, seed: u64, step: u64) -> usize 
 impl<'a> Run<'a> {
     fn start(
         config: &'a Recipe,
-        plan: Plan,
+        initial: Initial,
         source: Arc<dyn Source>,
         monitor: Option<Monitor>,
         directory: &'a Path,
         device: &'a Device,
         watch: &mut dyn FnMut(Event<'_>),
     ) -> Result<Self, TrainError> {
-        let mut rng = stream(config.train.seed, Purpose::Init, 0, 0);
-        let (dino_head, patch_head) = (&config.dino_head, config.patch_head());
-        let mut state =
-            TrainState::new(&plan.backbone, dino_head, patch_head, &config.optim, &config.loss, device, &mut rng);
+        let Initial { mut state, plan, notes } = initial;
         let mut progress = Progress { samples: source.len(), ..Progress::default() };
         let loaded = checkpoint::load_newest(&directory.join("checkpoints"), &mut state, device)?;
         let mut damaged = Vec::new();
@@ -276,6 +420,7 @@ impl<'a> Run<'a> {
             resumed: saved,
             monitored: monitor.is_some(),
         });
+        notes.iter().for_each(|note| watch(Event::Note(note)));
         for (path, reason) in &damaged {
             watch(Event::DamagedCheckpoint { path, reason });
         }

@@ -2,7 +2,9 @@
 
 mod bad_input;
 mod convnext;
+mod distillation;
 mod eval;
 mod resume;
+mod stages;
 mod support;
 mod train;
