@@ -10,7 +10,7 @@ use burn::tensor::Device;
 use dinoxide_config::Resolved;
 use dinoxide_trainer::run::{Event, Outcome, SOFTWARE};
 use dinoxide_trainer::stages::{self, Row};
-use dinoxide_trainer::{Recipe, TrainError, train};
+use dinoxide_trainer::{Recipe, TrainError, train, train_students};
 
 use crate::table::{bytes, count, duration};
 use crate::terminal::Log;
@@ -41,6 +41,10 @@ pub(crate) struct Args {
     /// backbone can be held still while the heads learn: `--set schedule.freeze_backbone="2 epochs"`
     #[arg(long, value_name = "PATH", conflicts_with = "resume")]
     init: Option<String>,
+    /// Learn from this network, which does not train: a run directory, whose heads give the targets, or weights of any
+    /// supported format, whose features are matched (`[loss.features]`). Replaces `distillation.teacher`
+    #[arg(long, value_name = "PATH", conflicts_with = "resume")]
+    teacher: Option<String>,
     /// Train this stage of the recipe alone, from `--init`
     #[arg(long, value_name = "NAME", requires = "init", conflicts_with = "resume")]
     stage: Option<String>,
@@ -89,6 +93,7 @@ impl Args {
         if self.stage.is_none() {
             push("init.from", self.init.as_deref().map(text));
         }
+        push("distillation.teacher", self.teacher.as_deref().map(text));
         push("run.device", self.device.as_deref().map(text));
         push("train.batch_size", self.batch_size.map(|n| n.to_string()));
         push("train.length", self.length.as_deref().map(text));
@@ -147,6 +152,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         let outcome = run_one(&stage.recipe, &stage.directory, &stage.directory, &device, &stop)?;
         announce(&outcome);
         return Ok(exit_code(&outcome));
+    }
+    if !recipe.value.students.is_empty() {
+        return run_students(&recipe, &directory, &device, &stop);
     }
     if recipe.value.stages.is_empty() {
         let outcome = run_one(&recipe, &directory, &directory, &device, &stop)?;
@@ -214,6 +222,42 @@ fn run_stages(
     Ok(ExitCode::SUCCESS)
 }
 
+/// Trains the students of one teacher side by side.
+fn run_students(
+    recipe: &Resolved<Recipe>,
+    directory: &Path,
+    device: &Device,
+    stop: &AtomicBool,
+) -> anyhow::Result<ExitCode> {
+    let row = Row::of_students(recipe, directory).map_err(usage)?;
+    let mut screens = Vec::<Screen<'_>>::new();
+    for student in &row.stages {
+        let mut screen = Screen::new(&student.recipe, &student.directory)?;
+        screen.name = Some(&student.name);
+        if let Some(first) = screens.first() {
+            screen.log = screen.log.beside(&first.log);
+        }
+        screens.push(screen);
+    }
+    let outcomes = train_students(recipe, &row.stages, device, stop, &mut |i, event| {
+        if matches!(event, Event::Started { .. }) {
+            let line = screens[i].recipe_line();
+            screens[i].log.line(&line);
+        }
+        screens[i].show(event);
+    });
+    screens.iter_mut().for_each(|screen| screen.log.clear());
+    let outcomes = outcomes.map_err(usage)?;
+    for (screen, outcome) in screens.iter_mut().zip(&outcomes) {
+        screen.log.line(&screen.recipe_line());
+        screen.finish(outcome, directory);
+        if let (Some(name), Some(line)) = (screen.name, change(outcome).filter(|_| !outcome.interrupted)) {
+            terminal::data(&format!("{name}: {line}"));
+        }
+    }
+    Ok(outcomes.first().map_or(ExitCode::SUCCESS, exit_code))
+}
+
 fn exit_code(outcome: &Outcome) -> ExitCode {
     if outcome.interrupted { ExitCode::from(exit::INTERRUPTED) } else { ExitCode::SUCCESS }
 }
@@ -221,6 +265,8 @@ fn exit_code(outcome: &Outcome) -> ExitCode {
 /// What the terminal shows of a run.
 struct Screen<'a> {
     log: Log,
+    /// Of the student, where there are several.
+    name: Option<&'a str>,
     recipe: &'a Recipe,
     /// Where the recipe is from.
     source: &'a str,
@@ -239,6 +285,7 @@ impl<'a> Screen<'a> {
     fn new(recipe: &'a Resolved<Recipe>, directory: &'a Path) -> anyhow::Result<Self> {
         Ok(Self {
             log: Log::new(None)?,
+            name: None,
             recipe: &recipe.value,
             source: &recipe.source,
             directory,
@@ -249,14 +296,15 @@ impl<'a> Screen<'a> {
     }
 
     fn recipe_line(&self) -> String {
-        format!("recipe     {}", self.source)
+        let student = self.name.map_or(String::new(), |name| format!(", student {name}"));
+        format!("recipe     {}{student}", self.source)
     }
 
     fn show(&mut self, event: Event<'_>) {
         match event {
             Event::Started { plan, backbone_parameters, head_parameters, classes, resumed, monitored } => {
                 if let Ok(log) = Log::new(Some(&self.directory.join("log.txt"))) {
-                    self.log = log;
+                    self.log = log.beside(&self.log);
                     // It was shown before there was a run directory.
                     let line = self.recipe_line();
                     self.log.keep(&line);
@@ -331,7 +379,8 @@ impl<'a> Screen<'a> {
                     .filter_map(|(name, v)| Some(format!("{name} {:.3}", v?)))
                     .collect();
                 let message = format!(
-                    "loss {:.4} ({})  {images_per_second:.1} img/s  wait {:.0} %  {}  eta {}",
+                    "{}loss {:.4} ({})  {images_per_second:.1} img/s  wait {:.0} %  {}  eta {}",
+                    self.name.map_or(String::new(), |name| format!("{name}: ")),
                     report.losses.total,
                     terms.join(", "),
                     100.0 * data_wait,

@@ -64,6 +64,7 @@ fn batch(key: u64, device: &Device) -> Batch {
         local: Some(noise(LOCALS, SIZES.1, 2 * key + 1, device)),
         gram: None,
         masks: batch_masks(2 * BATCH, (SIZES.0[0] / PATCH, SIZES.0[1] / PATCH), &mask, &mut rng),
+        tokens: None,
     }
 }
 

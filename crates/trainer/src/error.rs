@@ -52,9 +52,11 @@ pub enum TrainError {
         /// What is wrong.
         reason: String,
     },
-    /// A stage of a recipe.
-    #[error("stage `{name}`: {source}")]
+    /// A stage or a student of a recipe.
+    #[error("{what} `{name}`: {source}")]
     Stage {
+        /// Which of the two.
+        what: &'static str,
         /// Its name.
         name: String,
         /// What is wrong with it.

@@ -16,10 +16,11 @@ pub mod recipe;
 pub mod run;
 pub mod schedule;
 pub mod stages;
+mod start;
 pub mod step;
 pub mod targets;
 mod terms;
 
 pub use error::TrainError;
 pub use recipe::Recipe;
-pub use run::{Event, Outcome, train};
+pub use run::{Event, Outcome, train, train_students};

@@ -150,6 +150,8 @@ pub struct Recipe {
     pub efficiency: EfficiencyConfig,
     /// Runs in a row, each with some of these values changed; none: one run of the recipe as it is.
     pub stages: Vec<Stage>,
+    /// Students of one frozen teacher, trained on the same batches, each with some of these values changed; none: one.
+    pub students: Vec<Stage>,
 }
 
 /// A recipe's lengths in steps, and the backbone in numbers.

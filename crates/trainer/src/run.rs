@@ -19,21 +19,19 @@ use dinoxide_augmentation::{AugmentationConfig, Crops, MultiCrop, batch_masks};
 use dinoxide_config::{Resolved, difference};
 use dinoxide_data::{DataError, Drawn, Loader, Rejected, SampleReader, Source};
 use dinoxide_evaluation::EvaluationError;
-use dinoxide_model::Projector;
+use dinoxide_model::Architecture;
 use dinoxide_model::weights::{Description, Provenance, backbone_file, write_atomically};
 use dinoxide_random::{Purpose, epoch_view, stream};
 
 use crate::batch::Batch;
 use crate::checkpoint::{self, Progress};
 use crate::error::TrainError;
-use crate::loss::{EMA, SNAPSHOT};
 use crate::metrics::{Line, MetricsFile, ScheduleLine};
 use crate::monitor::{Finding, Monitor};
-use crate::network::Network;
-use crate::pretrained::{Pretrained, Take, misfit};
 use crate::recipe::{Plan, Recipe};
+use crate::stages::Planned;
+use crate::start::{Initial, initial};
 use crate::step::{StepDraws, StepReport, TrainState, train_step};
-use crate::targets::FrozenTeacher;
 
 /// What made a run, in its log and its weight files.
 pub const SOFTWARE: &str = concat!("dinoxide ", env!("CARGO_PKG_VERSION"));
@@ -147,14 +145,146 @@ pub fn train(
     stop: &AtomicBool,
     watch: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome, TrainError> {
-    let config = &recipe.value;
-    let source = config.data.open()?;
-    let plan = config.plan(source.len())?;
-    let monitor = Monitor::new(config, &source, &config.data.decode)?;
-    let initial = initial(config, plan, directory, device)?;
-    let _lock = prepare_directory(recipe, directory)?;
-    let mut run = Run::start(config, initial, source, monitor, directory, device, watch)?;
-    run.go(stop, watch)
+    let runs = [(&recipe.value, recipe, directory)];
+    let mut outcomes = train_together(&recipe.value, &runs, device, stop, &mut |_, event| watch(event))?;
+    Ok(outcomes.remove(0))
+}
+
+/// Trains several students on the same batches, each in a directory of its own. Their frozen teacher sees each batch once.
+///
+/// Students that were stopped at different steps wait for the one that is furthest behind.
+///
+/// # Errors
+/// As [`train`].
+pub fn train_students(
+    recipe: &Resolved<Recipe>,
+    students: &[Planned],
+    device: &Device,
+    stop: &AtomicBool,
+    watch: &mut dyn FnMut(usize, Event<'_>),
+) -> Result<Vec<Outcome>, TrainError> {
+    let runs: Vec<_> =
+        students.iter().map(|student| (&student.recipe.value, &student.recipe, student.directory.as_path())).collect();
+    train_together(&recipe.value, &runs, device, stop, watch)
+}
+
+/// `shared` says which images there are and how they are cropped.
+fn train_together(
+    shared: &Recipe,
+    runs: &[(&Recipe, &Resolved<Recipe>, &Path)],
+    device: &Device,
+    stop: &AtomicBool,
+    watch: &mut dyn FnMut(usize, Event<'_>),
+) -> Result<Vec<Outcome>, TrainError> {
+    let source = shared.data.open()?;
+    let mut prepared = Vec::new();
+    for (config, _, directory) in runs {
+        let plan = config.plan(source.len())?;
+        let monitor = Monitor::new(config, &source, &config.data.decode)?;
+        prepared.push((initial(config, plan, directory, device)?, monitor));
+    }
+    let (mut locks, mut started) = (Vec::new(), Vec::<Run<'_>>::new());
+    for (i, ((config, recipe, directory), (initial, monitor))) in runs.iter().zip(prepared).enumerate() {
+        locks.push(prepare_directory(recipe, directory)?);
+        let watch = &mut |event: Event<'_>| watch(i, event);
+        let mut run = Run::start(config, initial, source.clone(), monitor, directory, device, watch)?;
+        if let Some(first) = started.first() {
+            // One teacher in memory, which all of them have named.
+            run.state.frozen = first.state.frozen.clone();
+        }
+        started.push(run);
+    }
+    go(shared, &source, &mut started, stop, watch)
+}
+
+/// From where the runs stand to their end.
+fn go(
+    shared: &Recipe,
+    source: &Arc<dyn Source>,
+    runs: &mut [Run<'_>],
+    stop: &AtomicBool,
+    watch: &mut dyn FnMut(usize, Event<'_>),
+) -> Result<Vec<Outcome>, TrainError> {
+    for i in 0..runs.len() {
+        timed(runs, i, |run| run.evaluate_first(&mut |event| watch(i, event)))?;
+    }
+    let mut step = runs.iter().map(|run| run.state.step).min().expect("at least one run");
+    let steps = runs[0].plan.steps;
+    let mut loader = loader(shared, source, step)?;
+    runs.iter_mut().for_each(|run| run.clock.window_start = Instant::now());
+    while step < steps && !stop.load(Ordering::Relaxed) {
+        let (mut batch, drawn) = next_batch(shared, &runs[0].plan.backbone, step, &mut loader, runs[0].device)?;
+        for (i, run) in runs.iter_mut().enumerate().filter(|(_, run)| run.state.step == step) {
+            run.record(&drawn, &mut |event| watch(i, event))?;
+        }
+        if let Some(frozen) = runs[0].state.frozen.as_ref().filter(|_| runs.len() > 1) {
+            batch.tokens = Some(frozen.tokens(&batch, shared.efficiency.micro_batches));
+        }
+        let waited = loader.waited().as_secs_f64();
+        for i in 0..runs.len() {
+            if runs[i].state.step == step {
+                timed(runs, i, |run| run.take(&batch, waited, &mut |event| watch(i, event)))?;
+            }
+        }
+        step += 1;
+    }
+    drop(loader);
+    (0..runs.len()).map(|i| timed(runs, i, |run| run.finish(&mut |event| watch(i, event)))).collect()
+}
+
+/// Lets one of the runs act; to the others, the time is time spent elsewhere.
+fn timed<T>(runs: &mut [Run<'_>], i: usize, act: impl FnOnce(&mut Run<'_>) -> T) -> T {
+    let since = Instant::now();
+    let result = act(&mut runs[i]);
+    let seconds = since.elapsed().as_secs_f64();
+    runs.iter_mut().enumerate().filter(|(other, _)| *other != i).for_each(|(_, run)| run.clock.elsewhere += seconds);
+    result
+}
+
+/// Workers that read and augment the samples of step `step` and later ones.
+fn loader(
+    config: &Recipe,
+    source: &Arc<dyn Source>,
+    step: u64,
+) -> Result<Loader<Result<Sample, DataError>>, TrainError> {
+    let seed = config.train.seed;
+    let reader = SampleReader::new(source.clone(), seed);
+    let augmentation = config.augmentation.clone();
+    let choices: Result<Vec<_>, _> = augmentation.choices().iter().map(MultiCrop::new).collect();
+    let choices = choices.map_err(|e| TrainError::Recipe(e.to_string()))?;
+    let batch = config.train.batch_size;
+    let work = move |position: u64| {
+        let drawn = reader.draw(position)?;
+        let (index, epoch) = (drawn.index as u64, drawn.epoch);
+        let choice = crop_sizes(&augmentation, seed, position / batch as u64);
+        let crops = choices[choice]
+            .crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
+        Ok(Sample { id: reader.source().id(drawn.index), drawn, crops })
+    };
+    let window = batch * config.efficiency.prefetch;
+    Ok(Loader::new(config.efficiency.loader_threads, window, step * batch as u64, work)?)
+}
+
+/// The batch of a step, and where its samples are from.
+fn next_batch(
+    config: &Recipe,
+    backbone: &Architecture,
+    step: u64,
+    loader: &mut Loader<Result<Sample, DataError>>,
+    device: &Device,
+) -> Result<(Batch, Vec<Drawn>), TrainError> {
+    let (mut samples, mut all_drawn) = (Vec::new(), Vec::new());
+    for _ in 0..config.train.batch_size {
+        let Sample { drawn, id, crops } = loader.next()??;
+        samples.push((id, crops));
+        all_drawn.push(drawn);
+    }
+    let size = samples[0].1.global[0].width() as usize;
+    let grid = backbone.grid(size, size).expect("the plan has checked the size of the crops");
+    let mut rng = stream(config.train.seed, Purpose::Mask, step, 0);
+    let masks = batch_masks(2 * samples.len(), grid, &config.mask, &mut rng);
+    let (mean, std) = (config.augmentation.mean, config.augmentation.std);
+    Ok((Batch::new(&samples, masks, mean, std, device), all_drawn))
 }
 
 /// Creates the run directory, or checks that it is of the same configuration.
@@ -198,7 +328,6 @@ pub(crate) fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> 
 struct Run<'a> {
     config: &'a Recipe,
     plan: Plan,
-    source: Arc<dyn Source>,
     monitor: Option<Monitor>,
     directory: &'a Path,
     device: &'a Device,
@@ -215,8 +344,8 @@ struct Run<'a> {
 struct Clock {
     /// Seconds of earlier sessions.
     before: f64,
-    /// Seconds of this session spent on evaluations.
-    evaluating: f64,
+    /// Seconds of this session spent on evaluations, and on other students.
+    elsewhere: f64,
     start: Instant,
     window_start: Instant,
     window_images: u64,
@@ -226,149 +355,12 @@ struct Clock {
 
 impl Clock {
     fn seconds(&self) -> f64 {
-        self.before + self.start.elapsed().as_secs_f64() - self.evaluating
+        self.before + self.start.elapsed().as_secs_f64() - self.elsewhere
     }
 }
 
 fn resident_bytes() -> u64 {
     memory_stats::memory_stats().map_or(0, |stats| stats.physical_mem as u64)
-}
-
-/// A run before its first step.
-struct Initial {
-    state: TrainState,
-    /// With the backbone as it is in the state.
-    plan: Plan,
-    /// What there is to say about weights that were read.
-    notes: Vec<String>,
-}
-
-fn initial(config: &Recipe, mut plan: Plan, directory: &Path, device: &Device) -> Result<Initial, TrainError> {
-    let mut notes = Vec::new();
-    let init = match config.init.from.as_str() {
-        "" => None,
-        from => Some(Pretrained::open("init.from", from, device)?),
-    };
-    if let Some(init) = &init {
-        notes.extend(init.notes.iter().cloned());
-        notes.extend(init.fit(&mut plan.backbone)?);
-    }
-    let mut rng = stream(config.train.seed, Purpose::Init, 0, 0);
-    let tracked = device.clone().autodiff();
-    let mut student = Network::new(&plan.backbone, &config.dino_head, config.patch_head(), &tracked, &mut rng);
-    let frozen = frozen_teacher(config, &plan, device, &mut notes)?;
-    if let Some(frozen) = frozen.as_ref().filter(|_| config.loss.features.projects()) {
-        let (from, to) = (plan.backbone.embed_dim(), frozen.backbone.architecture().embed_dim());
-        student.projector = Some(Projector::new(from, to, &tracked, &mut rng));
-    }
-    if let Some(init) = &init {
-        let (network, kept) = init.put_into(student, device);
-        student = network;
-        notes.push(format!("student and teacher start from {}", init.from));
-        notes.extend(kept);
-    }
-    let mut state = TrainState::of(student, &config.optim, &config.loss, device);
-    state.frozen = frozen;
-    let gram = &config.loss.gram;
-    if gram.weight > 0.0 && gram.teacher != EMA && gram.teacher != SNAPSHOT {
-        let Pretrained { backbone, notes: read, .. } = Pretrained::open("loss.gram.teacher", &gram.teacher, device)?;
-        for choice in config.augmentation.choices() {
-            let size = if choice.gram_crop_size > 0 { choice.gram_crop_size } else { choice.global_crop_size };
-            backbone.architecture().grid(size, size).map_err(|e| {
-                misfit("augmentation.gram_crop_size", format!("the Gram teacher {} cannot see it: {e}", gram.teacher))
-            })?;
-        }
-        if plan.schedule.gram_refresh.every > 0 && backbone.architecture() != plan.backbone {
-            return Err(misfit(
-                "loss.gram.refresh_every",
-                format!(
-                    "the Gram teacher {} has another backbone than the run, whose teacher is to replace it\n\nhint: set \
-                     `loss.gram.refresh_every = \"0 steps\"`",
-                    gram.teacher
-                ),
-            ));
-        }
-        notes.extend(read);
-        state.gram_teacher = Some(backbone);
-    }
-    if !checkpoint::any(&directory.join("checkpoints"))? {
-        if config.init.take == Take::State {
-            checkpoint::continue_from(&Path::new(&config.init.from).join("checkpoints"), &mut state, device)?;
-        }
-        if plan.schedule.gram_refresh.is_due(0) {
-            state.gram_teacher = Some(state.teacher.backbone.clone());
-        }
-    }
-    Ok(Initial { state, plan, notes })
-}
-
-/// The teacher of a distillation, checked against the student.
-fn frozen_teacher(
-    config: &Recipe,
-    plan: &Plan,
-    device: &Device,
-    notes: &mut Vec<String>,
-) -> Result<Option<FrozenTeacher>, TrainError> {
-    if !config.is_distilled() {
-        return Ok(None);
-    }
-    const KEY: &str = "distillation.teacher";
-    let teacher = Pretrained::open(KEY, &config.distillation.teacher, device)?;
-    let (loss, from) = (&config.loss, &teacher.from);
-    for choice in config.augmentation.choices() {
-        let size = choice.global_crop_size;
-        let theirs =
-            teacher.backbone.architecture().grid(size, size).map_err(|e| misfit(KEY, format!("{from}: {e}")))?;
-        let own = plan.backbone.grid(size, size).expect("the plan has checked the size of the crops");
-        if loss.ibot_weight > 0.0 && theirs != own {
-            return Err(misfit(
-                KEY,
-                format!(
-                    "{from}: crops of {size} px are {} × {} patches to it and {} × {} to the student, and \
-                     `loss.ibot_weight` is {}\n\nhint: set `loss.ibot_weight = 0`; `loss.features.patch_weight` matches \
-                     patches of different sizes",
-                    theirs.0, theirs.1, own.0, own.1, loss.ibot_weight
-                ),
-            ));
-        }
-    }
-    let patch_head = config.patch_head().unwrap_or(&config.dino_head);
-    let patches = patch_head.patch_prototypes.unwrap_or(patch_head.prototypes);
-    let heads = [
-        ("loss.dino_weight", loss.dino_weight, "dino_head.prototypes", config.dino_head.prototypes, &teacher.dino_head),
-        (
-            "loss.ibot_weight",
-            loss.ibot_weight,
-            "ibot_head.prototypes",
-            patches,
-            if teacher.ibot_head.is_some() { &teacher.ibot_head } else { &teacher.dino_head },
-        ),
-    ];
-    for (weight_key, weight, key, own, head) in heads {
-        if weight == 0.0 {
-            continue;
-        }
-        let Some(head) = head else {
-            return Err(misfit(
-                KEY,
-                format!(
-                    "{from} has no heads, and `{weight_key}` is {weight}\n\nhint: give the directory of a run, or set \
-                     `loss.dino_weight = 0` and `loss.ibot_weight = 0` and match features with `[loss.features]`"
-                ),
-            ));
-        };
-        let vectors = if weight_key == "loss.ibot_weight" { head.patch_prototypes() } else { &head.last_layer };
-        let theirs = vectors.vectors().dims()[0];
-        if theirs != own {
-            return Err(misfit(
-                KEY,
-                format!("{from} has {theirs} prototypes, `{key}` is {own}\n\nhint: set `{key} = {theirs}`"),
-            ));
-        }
-    }
-    notes.extend(teacher.notes);
-    let Pretrained { backbone, dino_head, ibot_head, .. } = teacher;
-    Ok(Some(FrozenTeacher { backbone, dino_head, ibot_head }))
 }
 
 /// Which of the recipe's crop sizes a step has.
@@ -427,50 +419,47 @@ impl<'a> Run<'a> {
         let now = Instant::now();
         let clock = Clock {
             before: progress.seconds,
-            evaluating: 0.0,
+            elsewhere: 0.0,
             start: now,
             window_start: now,
             window_images: 0,
             window_waited: 0.0,
             peak_memory: resident_bytes(),
         };
-        Ok(Self {
-            config,
-            plan,
-            source,
-            monitor,
-            directory,
-            device,
-            state,
-            progress,
-            metrics,
-            clock,
-            last: None,
-            saved,
-        })
+        Ok(Self { config, plan, monitor, directory, device, state, progress, metrics, clock, last: None, saved })
     }
 
-    fn go(&mut self, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, TrainError> {
+    /// What is due before the first step.
+    fn evaluate_first(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
         if self.state.step == 0 {
             self.export()?;
             if let Some(finding) = self.evaluate(watch)? {
                 self.progress.first_knn = Some(finding.knn.top1);
             }
         }
-        let mut loader = self.loader()?;
-        self.clock.window_start = Instant::now();
-        while self.state.step < self.plan.steps && !stop.load(Ordering::Relaxed) {
-            let batch = self.next_batch(&mut loader, watch)?;
-            let at = self.plan.schedule.at(self.state.step);
-            let draws = self.draws(at.step);
-            let losses = self.plan.schedule.losses_at(&self.config.loss, at.step);
-            let report = train_step(&mut self.state, &batch, &draws, &losses, at)?;
-            self.progress.step = self.state.step;
-            self.progress.images += batch.len() as u64;
-            self.after_step(&report, loader.waited().as_secs_f64(), watch)?;
+        Ok(())
+    }
+
+    /// Notes which images of a batch could not be read.
+    fn record(&mut self, drawn: &[Drawn], watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
+        for drawn in drawn {
+            let known = self.progress.bad_images.list().len();
+            self.progress.bad_images.record(drawn);
+            self.progress.bad_images.list()[known..].iter().for_each(|rejected| watch(Event::BadImage(rejected)));
         }
-        drop(loader);
-        self.finish(watch)
+        Ok(self.progress.bad_images.check(self.plan.samples, self.config.data.max_bad_share)?)
+    }
+
+    /// One step.
+    fn take(&mut self, batch: &Batch, waited: f64, watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
+        let batch = batch.with_locals(self.config.augmentation.local_crops);
+        let at = self.plan.schedule.at(self.state.step);
+        let draws = self.draws(at.step);
+        let losses = self.plan.schedule.losses_at(&self.config.loss, at.step);
+        let report = train_step(&mut self.state, &batch, &draws, &losses, at)?;
+        self.progress.step = self.state.step;
+        self.progress.images += batch.len() as u64;
+        self.after_step(&report, waited, watch)
     }
 
     /// Logging, evaluation and checkpoints, each at its own period.
@@ -547,48 +536,6 @@ impl<'a> Run<'a> {
         (self.config.dino_head.prototypes as f64).ln()
     }
 
-    /// Workers that read and augment the samples of this and later steps.
-    fn loader(&self) -> Result<Loader<Result<Sample, DataError>>, TrainError> {
-        let seed = self.config.train.seed;
-        let reader = SampleReader::new(self.source.clone(), seed);
-        let augmentation = self.config.augmentation.clone();
-        let choices: Result<Vec<_>, _> = augmentation.choices().iter().map(MultiCrop::new).collect();
-        let choices = choices.map_err(|e| TrainError::Recipe(e.to_string()))?;
-        let batch = self.config.train.batch_size;
-        let work = move |position: u64| {
-            let drawn = reader.draw(position)?;
-            let (index, epoch) = (drawn.index as u64, drawn.epoch);
-            let choice = crop_sizes(&augmentation, seed, position / batch as u64);
-            let crops = choices[choice]
-                .crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
-            Ok(Sample { id: reader.source().id(drawn.index), drawn, crops })
-        };
-        let window = batch * self.config.efficiency.prefetch;
-        Ok(Loader::new(self.config.efficiency.loader_threads, window, self.state.step * batch as u64, work)?)
-    }
-
-    fn next_batch(
-        &mut self,
-        loader: &mut Loader<Result<Sample, DataError>>,
-        watch: &mut dyn FnMut(Event<'_>),
-    ) -> Result<Batch, TrainError> {
-        let config = self.config;
-        let mut samples = Vec::with_capacity(config.train.batch_size);
-        for _ in 0..config.train.batch_size {
-            let Sample { drawn, id, crops } = loader.next()??;
-            let known = self.progress.bad_images.list().len();
-            self.progress.bad_images.record(&drawn);
-            self.progress.bad_images.list()[known..].iter().for_each(|rejected| watch(Event::BadImage(rejected)));
-            samples.push((id, crops));
-        }
-        self.progress.bad_images.check(self.source.len(), config.data.max_bad_share)?;
-        let size = samples[0].1.global[0].width() as usize;
-        let grid = self.plan.backbone.grid(size, size).expect("the plan has checked the size of the crops");
-        let mut rng = stream(config.train.seed, Purpose::Mask, self.state.step, 0);
-        let masks = batch_masks(2 * samples.len(), grid, &config.mask, &mut rng);
-        Ok(Batch::new(&samples, masks, config.augmentation.mean, config.augmentation.std, self.device))
-    }
-
     /// The draws of a step's forwards, made for the sizes of its micro-batches.
     fn draws(&self, step: u64) -> StepDraws {
         let (batch, parts) = (self.config.train.batch_size, self.config.efficiency.micro_batches);
@@ -613,7 +560,7 @@ impl<'a> Run<'a> {
         let since = Instant::now();
         let mut rejected = Vec::new();
         let outcome = monitor.run(&self.state.teacher.backbone, self.device, &mut progress, &mut rejected);
-        self.clock.evaluating += since.elapsed().as_secs_f64();
+        self.clock.elsewhere += since.elapsed().as_secs_f64();
         for image in &rejected {
             if self.progress.bad_eval_images.insert(image.id.clone()) {
                 watch(Event::BadEvalImage(image));

@@ -122,7 +122,7 @@ pub fn train_step(
     config: &LossConfig,
     at: Scheduled,
 ) -> Result<StepReport, StepError> {
-    let parts = divide(batch, draws.len());
+    let parts = batch.divide(draws.len());
 
     let outputs: Vec<TeacherOutputs> = parts.iter().map(|part| teacher_outputs(state, part, config)).collect();
     let (targets, target_entropy) = center(state, &outputs, config, &at);
@@ -164,15 +164,6 @@ pub fn train_step(
     }
     state.step = at.step + 1;
     Ok(StepReport { losses, gradient_norms: norms, target_entropy, at })
-}
-
-/// The batch in consecutive parts of nearly equal size.
-fn divide(batch: &Batch, parts: usize) -> Vec<Batch> {
-    if parts == 1 {
-        return vec![batch.clone()];
-    }
-    let len = batch.len();
-    (0..parts).map(|i| batch.part(i * len / parts..(i + 1) * len / parts)).collect()
 }
 
 /// Runs backward and adds the gradients by name.

@@ -2,10 +2,10 @@
 
 use burn::tensor::{Tensor, s};
 use dinoxide_losses::{center::Center, sinkhorn::sinkhorn_knopp};
-use dinoxide_model::{Backbone, Features, ProjectionHead, interpolation::resize_tokens, weights::host};
+use dinoxide_model::{Architecture, Backbone, ProjectionHead, interpolation::resize_tokens, weights::host};
 use serde::{Deserialize, Serialize};
 
-use crate::batch::{Batch, DeviceMasks};
+use crate::batch::{Batch, DeviceMasks, TeacherTokens};
 use crate::loss::{CenterOver, Centering, EMA, GramConfig, LossConfig};
 use crate::network::{flat, gather, rows};
 use crate::schedule::Scheduled;
@@ -31,18 +31,41 @@ pub(crate) struct Targets {
 /// A network that does not train and tells the student what to say. Its heads may be missing where no loss asks for them.
 #[derive(Clone, Debug)]
 pub struct FrozenTeacher {
-    /// The backbone.
-    pub backbone: Backbone,
+    /// What the backbone is.
+    pub architecture: Architecture,
+    /// The backbone; `None` where its tokens come with every batch.
+    pub backbone: Option<Backbone>,
     /// The head of CLS tokens.
     pub dino_head: Option<ProjectionHead>,
     /// The head of patch tokens; `None` where they share that of CLS tokens.
     pub ibot_head: Option<ProjectionHead>,
 }
 
+impl FrozenTeacher {
+    /// Its tokens of the global crops, `parts` of the samples at a time.
+    ///
+    /// # Panics
+    /// Without a backbone.
+    pub fn tokens(&self, batch: &Batch, parts: usize) -> TeacherTokens {
+        let backbone = self.backbone.as_ref().expect("a teacher in memory");
+        let tokens = batch.divide(parts).iter().map(|part| tokens_of(backbone, part)).collect();
+        TeacherTokens::join(tokens)
+    }
+}
+
+fn tokens_of(backbone: &Backbone, part: &Batch) -> TeacherTokens {
+    let features = backbone.forward(flat(part.global.clone()), None);
+    let ([rows, dim], [_, patches, _]) = (features.cls.dims(), features.patches.dims());
+    TeacherTokens {
+        cls: features.cls.reshape([2, rows / 2, dim]),
+        patches: features.patches.reshape([2, rows / 2, patches, dim]),
+    }
+}
+
 /// The networks that a student learns from. Plain.
 #[derive(Clone, Copy)]
 struct Teacher<'a> {
-    backbone: &'a Backbone,
+    backbone: Option<&'a Backbone>,
     dino_head: Option<&'a ProjectionHead>,
     patch_head: Option<&'a ProjectionHead>,
 }
@@ -52,12 +75,12 @@ impl<'a> Teacher<'a> {
     fn of(state: &'a TrainState) -> Self {
         match &state.frozen {
             Some(frozen) => Self {
-                backbone: &frozen.backbone,
+                backbone: frozen.backbone.as_ref(),
                 dino_head: frozen.dino_head.as_ref(),
                 patch_head: frozen.ibot_head.as_ref().or(frozen.dino_head.as_ref()),
             },
             None => Self {
-                backbone: &state.teacher.backbone,
+                backbone: Some(&state.teacher.backbone),
                 dino_head: Some(&state.teacher.dino_head),
                 patch_head: Some(state.teacher.patch_head()),
             },
@@ -77,10 +100,17 @@ pub(crate) struct TeacherOutputs {
     pub(crate) guidance: Guidance,
 }
 
+/// Tokens of the global crops, `[2B, D]` and `[2B, P, D]`. Plain.
+#[derive(Clone)]
+pub(crate) struct Tokens {
+    pub(crate) cls: Tensor<2>,
+    pub(crate) patches: Tensor<3>,
+}
+
 /// Features that the student's are compared with. Plain.
 pub(crate) struct Guidance {
     /// The frozen teacher's, patches on the student's grid; with a loss on features.
-    pub(crate) features: Option<Features>,
+    pub(crate) features: Option<Tokens>,
     /// `[2B, P, D']`, patches of the Gram teacher on the student's grid; with a Gram loss.
     pub(crate) gram: Option<Tensor<3>>,
 }
@@ -88,9 +118,16 @@ pub(crate) struct Guidance {
 /// The teacher sees the global crops, unmasked; no gradient reaches it.
 pub(crate) fn teacher_outputs(state: &TrainState, part: &Batch, config: &LossConfig) -> TeacherOutputs {
     let teacher = Teacher::of(state);
-    let features = teacher.backbone.forward(flat(part.global.clone()), None);
-    let guidance = guidance(state, part, &features, config);
-    let cls = (config.dino_weight > 0.0).then(|| required(teacher.dino_head).forward(features.cls));
+    let tokens = part
+        .tokens
+        .clone()
+        .unwrap_or_else(|| tokens_of(teacher.backbone.expect("a teacher in memory, or its tokens in the batch"), part));
+    let TeacherTokens { cls, patches } = tokens;
+    let ([views, batch, dim], [_, _, count, _]) = (cls.dims(), patches.dims());
+    let tokens =
+        Tokens { cls: cls.reshape([views * batch, dim]), patches: patches.reshape([views * batch, count, dim]) };
+    let guidance = guidance(state, part, &tokens, config);
+    let cls = (config.dino_weight > 0.0).then(|| required(teacher.dino_head).forward(tokens.cls));
     if config.ibot_weight == 0.0 {
         return TeacherOutputs { cls, patches: None, all_patches_mean: None, guidance };
     }
@@ -99,10 +136,10 @@ pub(crate) fn teacher_outputs(state: &TrainState, part: &Batch, config: &LossCon
     let all_patches_mean =
         (config.patch_center == CenterOver::All && config.centering == Centering::Softmax).then(|| {
             // Logits are linear in the bottleneck: the mean of the logits is the logits of the mean.
-            let bottleneck = head.bottleneck(rows(features.patches.clone()));
+            let bottleneck = head.bottleneck(rows(tokens.patches.clone()));
             bottleneck.mean_dim(0).matmul(head.patch_prototypes().vectors().transpose())
         });
-    let patches = head.forward_patches(gather(features.patches, masks.indices));
+    let patches = head.forward_patches(gather(tokens.patches, masks.indices));
     TeacherOutputs { cls, patches: Some(patches), all_patches_mean, guidance }
 }
 
@@ -110,26 +147,26 @@ fn required(head: Option<&ProjectionHead>) -> &ProjectionHead {
     head.expect("the recipe was checked for heads")
 }
 
-/// Of `features`, the teacher's on the global crops, and of the Gram teacher's, those that a loss asks for.
-fn guidance(state: &TrainState, part: &Batch, features: &Features, config: &LossConfig) -> Guidance {
+/// Of `tokens`, the teacher's on the global crops, and of the Gram teacher's, those that a loss asks for.
+fn guidance(state: &TrainState, part: &Batch, tokens: &Tokens, config: &LossConfig) -> Guidance {
     let size = |crops: &Tensor<5>| (crops.dims()[3], crops.dims()[4]);
-    let grid = |backbone: &Backbone, (height, width): (usize, usize)| {
-        backbone.architecture().grid(height, width).expect("the recipe was checked for sizes")
+    let grid = |architecture: &Architecture, (height, width): (usize, usize)| {
+        architecture.grid(height, width).expect("the recipe was checked for sizes")
     };
-    let own = grid(&state.teacher.backbone, size(&part.global));
+    let own = grid(&state.teacher.backbone.architecture(), size(&part.global));
     let GramConfig { resize, antialias, .. } = config.gram;
     let resized = |patches: Tensor<3>, from| resize_tokens(patches, from, own, resize, antialias);
-    let matched = config.features.is_used().then(|| {
-        let from = grid(Teacher::of(state).backbone, size(&part.global));
-        Features { patches: resized(features.patches.clone(), from), ..features.clone() }
+    let matched = state.frozen.as_ref().filter(|_| config.features.is_used()).map(|frozen| {
+        let from = grid(&frozen.architecture, size(&part.global));
+        Tokens { patches: resized(tokens.patches.clone(), from), ..tokens.clone() }
     });
     let gram = (config.gram.weight > 0.0).then(|| match (&state.gram_teacher, config.gram.teacher.as_str()) {
         (Some(backbone), _) => {
             let crops = part.gram.as_ref().unwrap_or(&part.global);
             let patches = backbone.forward(flat(crops.clone()), None).patches;
-            Some(resized(patches, grid(backbone, size(crops))))
+            Some(resized(patches, grid(&backbone.architecture(), size(crops))))
         }
-        (None, EMA) => Some(features.patches.clone()),
+        (None, EMA) => Some(tokens.patches.clone()),
         // The snapshot is not due yet.
         (None, _) => None,
     });

@@ -68,6 +68,7 @@ fn batch(key: u64) -> Batch {
         local: Some(noise([LOCALS, BATCH, 3, local, local], 2 * key + 1)),
         gram: None,
         masks: batch_masks(2 * BATCH, (global / 4, global / 4), &mask, &mut rng),
+        tokens: None,
     }
 }
 
@@ -217,7 +218,9 @@ fn micro_batches_change_nothing_under_a_frozen_teacher() {
         student.projector = Some(Projector::new(24, 32, &device.clone().autodiff(), &mut rng));
         state = TrainState::of(student, &OptimConfig { eps: 1e-3, ..OptimConfig::default() }, &losses(), &device);
         let Network { backbone: wide, dino_head, ibot_head, .. } = teacher;
-        state.frozen = Some(FrozenTeacher { backbone: wide, dino_head: Some(dino_head), ibot_head });
+        let architecture = wide.architecture();
+        state.frozen =
+            Some(FrozenTeacher { architecture, backbone: Some(wide), dino_head: Some(dino_head), ibot_head });
         state.gram_teacher = Some(state.teacher.backbone.clone());
         state
     };

@@ -63,6 +63,73 @@ fn a_distillation_that_was_stopped_goes_on_as_if_it_was_not() {
     crate::resume::assert_same_run(&place, "straight", "stopped");
 }
 
+/// Two students of other sizes, crops and losses.
+const STUDENTS: &str = r#"extends = "tiny.toml"
+distillation = { teacher = "large" }
+
+[[students]]
+name = "small"
+
+[[students]]
+name = "wide"
+[students.set.model]
+embed_dim = 40
+[students.set.augmentation]
+local_crops = 1
+[students.set.loss]
+features = { cls_weight = 0.5, patch_weight = 0.5 }
+[students.set.schedule]
+lr = { peak = 2e-3 }
+"#;
+
+#[test]
+fn students_of_one_teacher_are_what_each_would_be_alone() {
+    let place = place_with_teacher();
+    place.write("students.toml", STUDENTS);
+    let both = place.run(&["train", "--config", "students.toml", "--run", "both"]).succeeded();
+    for student in ["small: ", "wide: "] {
+        assert!(both.stdout.contains(&format!("{student}k-NN accuracy: ")), "{}", both.stdout);
+    }
+    place.train("small", &TEACHER).succeeded();
+    crate::resume::assert_same_run(&place, "small", "both/small");
+
+    // One of them is behind.
+    place.copy("both", "stopped");
+    for checkpoint in place.checkpoints("stopped/wide").into_iter().skip(1) {
+        std::fs::remove_dir_all(place.path(&format!("stopped/wide/checkpoints/{checkpoint}"))).expect("removed");
+    }
+    place.run(&["train", "--resume", "stopped"]).succeeded();
+    for student in ["small", "wide"] {
+        crate::resume::assert_same_run(&place, &format!("both/{student}"), &format!("stopped/{student}"));
+    }
+}
+
+#[test]
+fn students_cannot_change_what_they_share() {
+    let place = place_with_teacher();
+    let student = |set: &str| format!("extends = \"tiny.toml\"\ndistillation = {{ teacher = \"large\" }}\n{set}");
+    let named = |set: &str| student(&format!("[[students]]\nname = \"one\"\n{set}"));
+    let cases: [(String, &[&str]); 5] = [
+        (
+            named("[students.set.train]\nbatch_size = 8\n"),
+            &["student `one` changes what all students share", "batch_size"],
+        ),
+        (named("[students.set.augmentation]\nlocal_crops = 5\n"), &["student `one` asks for 5 local crops"]),
+        (named("[students.set.augmentation]\nhue = 0.3\n"), &["changes what all students share", "augmentation.hue"]),
+        (named("[students.set.modle]\ndepth = 2\n"), &["student `one`", "unknown key `modle`", "`model`"]),
+        (
+            "extends = \"tiny.toml\"\n[[students]]\nname = \"one\"\n".into(),
+            &["`[[students]]` share a frozen teacher and `distillation.teacher` is empty"],
+        ),
+    ];
+    for (recipe, parts) in &cases {
+        place.write("wrong.toml", recipe);
+        place.run(&["train", "--config", "wrong.toml", "--run", "run"]).failed(2, parts);
+        assert!(!place.path("run").exists(), "{recipe}");
+    }
+    assert_eq!(cases.len(), 5);
+}
+
 #[test]
 fn a_run_goes_on_from_given_weights() {
     let place = Workplace::new();

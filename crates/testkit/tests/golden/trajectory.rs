@@ -112,7 +112,8 @@ fn frozen(check: &mut Check) -> Option<FrozenTeacher> {
     let fresh = Network::new(&Architecture::Vit(backbone), &dino_head, Some(&ibot_head), &Device::flex(), rng);
     let Network { backbone, dino_head, ibot_head, .. } = load(fresh, &named(fixture, "w.teacher.", parameter));
     buffers(check, "w.teacher.backbone.", &backbone);
-    Some(FrozenTeacher { backbone, dino_head: Some(dino_head), ibot_head })
+    let architecture = backbone.architecture();
+    Some(FrozenTeacher { architecture, backbone: Some(backbone), dino_head: Some(dino_head), ibot_head })
 }
 
 /// Batch `number` of the fixture: pixels are thirty-seconds.
@@ -145,6 +146,7 @@ fn batch(fixture: &Fixture, number: u64, patch_size: usize) -> Batch {
         local,
         gram,
         masks: masks(mask, views * samples, patches),
+        tokens: None,
     }
 }
 
