@@ -1,6 +1,7 @@
 //! The `dinoxide` command. The only crate that reads arguments, prints, and exits.
 
 mod allocator;
+mod cache;
 mod device;
 mod eval;
 mod export;
@@ -29,6 +30,8 @@ struct Cli {
 enum Command {
     /// Train a recipe; without arguments, the quickstart on built-in images.
     Train(train::Args),
+    /// Write a frozen teacher's tokens once, for students that then need no teacher.
+    Cache(cache::Args),
     /// Measure what a trained backbone's features are worth.
     #[command(subcommand)]
     Eval(eval::Command),
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
     // Parallel operations started from inside the pool need no waking of another thread and no waiting for it.
     let outcome = rayon::scope(|_| match cli.command {
         Command::Train(args) => train::run(&args),
+        Command::Cache(args) => cache::run(&args),
         Command::Eval(command) => eval::run(&command),
         Command::Inspect(args) => inspect::run(&args),
         Command::Export(args) => export::run(&args),

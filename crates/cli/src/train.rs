@@ -137,14 +137,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let device = device::parse(&recipe.value.run.device)?;
     let directory = args.directory();
     let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    ctrlc::set_handler(move || {
-        // The second signal is for those who will not wait for the step to end.
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(i32::from(exit::INTERRUPTED));
-        }
-    })
-    .map_err(|e| anyhow::anyhow!("cannot listen for Ctrl-C: {e}"))?;
+    stop_on_interrupt(&stop)?;
 
     if let Some(name) = &args.stage {
         let init = args.init.as_deref().expect("clap requires it");
@@ -164,8 +157,20 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     run_stages(&recipe, &directory, &device, &stop)
 }
 
+/// Makes Ctrl-C raise the flag; the second one ends the process.
+pub(crate) fn stop_on_interrupt(stop: &Arc<AtomicBool>) -> anyhow::Result<()> {
+    let flag = stop.clone();
+    ctrlc::set_handler(move || {
+        // The second signal is for those who will not wait for the step to end.
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(exit::INTERRUPTED));
+        }
+    })
+    .map_err(|e| anyhow::anyhow!("cannot listen for Ctrl-C: {e}"))
+}
+
 /// A step that is not finite is the run's failure; wrong values are the user's.
-fn usage(error: TrainError) -> anyhow::Error {
+pub(crate) fn usage(error: TrainError) -> anyhow::Error {
     if error.is_usage() { Usage(error.into()).into() } else { error.into() }
 }
 

@@ -3,6 +3,7 @@
 //! Read [`step::train_step`] first: it is one optimisation step on one screen. [`run::train`] is the loop around it.
 
 pub mod batch;
+pub mod cache;
 pub mod checkpoint;
 pub mod duration;
 pub mod error;

@@ -47,6 +47,9 @@ pub struct DistillationConfig {
     /// With heads it gives the targets of the DINO and iBOT losses (DINOv3's way); the student then sees its crops unmasked.
     /// Without, set `loss.dino_weight` and `loss.ibot_weight` to 0 and match features with `[loss.features]`.
     pub teacher: String,
+    /// A folder in which `dinoxide cache` has written this teacher's tokens for this recipe: the teacher's backbone is then
+    /// not kept in memory. Empty: it sees every batch.
+    pub cache: String,
 }
 
 /// A network from a file or a run.
@@ -87,6 +90,16 @@ impl Pretrained {
         let loaded = dinoxide_exchange::load(path, device).map_err(|e| fault(e.to_string()))?;
         let (backbone, notes) = (loaded.backbone, loaded.notes);
         Ok(Self { from: from.to_owned(), backbone, dino_head: None, ibot_head: None, notes })
+    }
+
+    /// A checksum of the backbone's weights.
+    pub(crate) fn checksum(&self) -> u32 {
+        let mut hasher = crc32fast::Hasher::new();
+        for (name, value) in parameters::values(&self.backbone) {
+            hasher.update(name.as_bytes());
+            dinoxide_model::weights::host(value).iter().for_each(|value| hasher.update(&value.to_le_bytes()));
+        }
+        hasher.finalize()
     }
 
     fn of_run(path: &Path, device: &Device) -> Result<Self, String> {

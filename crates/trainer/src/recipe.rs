@@ -293,6 +293,12 @@ impl Recipe {
     fn check_distillation(&self) -> Result<(), TrainError> {
         let invalid = |message: &str| Err(TrainError::Recipe(message.to_owned()));
         let features = &self.loss.features;
+        if !self.is_distilled() && !self.distillation.cache.is_empty() {
+            return invalid(
+                "`distillation.cache` is set and `distillation.teacher` empty: the teacher's heads, and the check that the cache \
+                 is of it, need both",
+            );
+        }
         if !self.is_distilled() {
             return match features.is_used() {
                 true => invalid(

@@ -24,6 +24,7 @@ use dinoxide_model::weights::{Description, Provenance, backbone_file, write_atom
 use dinoxide_random::{Purpose, epoch_view, stream};
 
 use crate::batch::Batch;
+use crate::cache::Cache;
 use crate::checkpoint::{self, Progress};
 use crate::error::TrainError;
 use crate::metrics::{Line, MetricsFile, ScheduleLine};
@@ -183,6 +184,7 @@ fn train_together(
         let monitor = Monitor::new(config, &source, &config.data.decode)?;
         prepared.push((initial(config, plan, directory, device)?, monitor));
     }
+    let cache = Cache::open(shared, source.len(), device)?;
     let (mut locks, mut started) = (Vec::new(), Vec::<Run<'_>>::new());
     for (i, ((config, recipe, directory), (initial, monitor))) in runs.iter().zip(prepared).enumerate() {
         locks.push(prepare_directory(recipe, directory)?);
@@ -194,13 +196,14 @@ fn train_together(
         }
         started.push(run);
     }
-    go(shared, &source, &mut started, stop, watch)
+    go(shared, &source, cache, &mut started, stop, watch)
 }
 
 /// From where the runs stand to their end.
 fn go(
     shared: &Recipe,
     source: &Arc<dyn Source>,
+    mut cache: Option<Cache>,
     runs: &mut [Run<'_>],
     stop: &AtomicBool,
     watch: &mut dyn FnMut(usize, Event<'_>),
@@ -217,7 +220,10 @@ fn go(
         for (i, run) in runs.iter_mut().enumerate().filter(|(_, run)| run.state.step == step) {
             run.record(&drawn, &mut |event| watch(i, event))?;
         }
-        if let Some(frozen) = runs[0].state.frozen.as_ref().filter(|_| runs.len() > 1) {
+        if let Some(cache) = &mut cache {
+            let size = shared.train.batch_size;
+            batch.tokens = Some(cache.tokens(step * size as u64, size)?);
+        } else if let Some(frozen) = runs[0].state.frozen.as_ref().filter(|_| runs.len() > 1) {
             batch.tokens = Some(frozen.tokens(&batch, shared.efficiency.micro_batches));
         }
         let waited = loader.waited().as_secs_f64();

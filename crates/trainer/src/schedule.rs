@@ -459,6 +459,19 @@ mod tests {
     }
 
     #[test]
+    fn a_step_replaces_the_gram_teacher_once_it_is_taken() {
+        let gram = GramConfig { weight: 1.0, refresh_every: Duration::Steps(3), ..GramConfig::default() };
+        let gram = GramConfig { teacher: "a file".into(), refresh_from: Duration::Steps(4), ..gram };
+        let mut config = ScheduleConfig::default();
+        config.lr.warmup = Duration::ZERO;
+        config.teacher_temp.warmup = Duration::ZERO;
+        let schedule = Schedule::new(&config, &gram, 10, 3, 30).expect("it fits");
+        let found: Vec<u64> = (0..10).filter(|&step| schedule.at(step).refresh_gram_teacher).collect();
+        // Steps are counted from 0: the sixth and the ninth.
+        assert_eq!(found, [5, 8]);
+    }
+
+    #[test]
     fn a_weight_is_its_constant_times_its_curve() {
         let mut config = ScheduleConfig { form: Form::Blocks, ..ScheduleConfig::default() };
         config.lr.warmup = Duration::ZERO;

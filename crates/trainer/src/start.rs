@@ -156,5 +156,6 @@ fn frozen_teacher(
     notes.extend(teacher.notes);
     let Pretrained { backbone, dino_head, ibot_head, .. } = teacher;
     let architecture = backbone.architecture();
-    Ok(Some(FrozenTeacher { architecture, backbone: Some(backbone), dino_head, ibot_head }))
+    let backbone = Some(backbone).filter(|_| config.distillation.cache.is_empty());
+    Ok(Some(FrozenTeacher { architecture, backbone, dino_head, ibot_head }))
 }

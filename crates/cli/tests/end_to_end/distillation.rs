@@ -1,6 +1,6 @@
 //! Learning from a frozen teacher, and starting from trained weights.
 
-use crate::support::Workplace;
+use crate::support::{Workplace, names};
 
 /// A teacher that is wider than the tiny recipe's student.
 fn place_with_teacher() -> Workplace {
@@ -102,6 +102,68 @@ fn students_of_one_teacher_are_what_each_would_be_alone() {
     for student in ["small", "wide"] {
         crate::resume::assert_same_run(&place, &format!("both/{student}"), &format!("stopped/{student}"));
     }
+}
+
+#[test]
+fn a_student_learns_from_the_cache_what_it_learns_from_the_teacher() {
+    let place = place_with_teacher();
+    let cache = |output: &str, more: &[&str]| {
+        let args = ["cache", "--config", "tiny.toml", "--teacher", "large", "--output", output];
+        place.run(&[&args[..], more].concat())
+    };
+    // 80 steps of 4 images are two files.
+    let long = ["--set", "train.length='80 steps'"];
+    let written = cache("tokens", &[&long[..], &["--json"]].concat()).succeeded();
+    let result: serde_json::Value = serde_json::from_str(&written.stdout).expect("JSON");
+    assert_eq!((&result["images"], &result["interrupted"]), (&320.into(), &false.into()));
+    assert_eq!(
+        names(&place.path("tokens")),
+        ["manifest.json", "tokens-000000.safetensors", "tokens-000001.safetensors"]
+    );
+
+    let student = |run: &str, more: &[&str]| place.train(run, &[&TEACHER[..], &long, more].concat());
+    student("live", &[]).succeeded();
+    student("cached", &["--set", "distillation.cache='tokens'"]).succeeded();
+    let losses = |run: &str| -> Vec<f64> {
+        let metrics = place.metrics(run);
+        metrics
+            .iter()
+            .filter(|line| line["kind"] == "step")
+            .map(|line| line["losses"]["total"].as_f64().unwrap())
+            .collect()
+    };
+    let (live, cached) = (losses("live"), losses("cached"));
+    assert_eq!(live.len(), 80);
+    for (step, (live, cached)) in live.iter().zip(&cached).enumerate() {
+        // Tokens lose their last digits to half precision, and the two runs drift apart by that.
+        let allowed = if step == 0 { 2e-3 } else { 5e-2 };
+        assert!((live - cached).abs() < allowed * live, "step {step}: {live} and {cached}");
+    }
+
+    // A file that is lost is written again, the same.
+    let first = place.read("tokens/tokens-000000.safetensors");
+    std::fs::remove_file(place.path("tokens/tokens-000000.safetensors")).expect("removed");
+    student("lost", &["--set", "distillation.cache='tokens'"])
+        .failed(2, &["tokens-000000.safetensors", "`dinoxide cache`"]);
+    cache("tokens", &long).succeeded();
+    assert!(place.read("tokens/tokens-000000.safetensors") == first, "the tokens differ");
+
+    place.train("other", &["--set", "model.embed_dim=48", "--set", "model.num_heads=3", "--seed", "5"]).succeeded();
+    let with_cache = ["--set", "distillation.cache='tokens'"];
+    let cases: [(&[&str], &[&str]); 6] = [
+        (&["--seed", "3"], &["`distillation.cache`: tokens was made of something else", "`seed` is 0 in the cache, 3"]),
+        (&["--set", "augmentation.hue=0.3"], &["`crops.hue` is 0.1 in the cache, 0.3 in the run"]),
+        (&["--set", "train.length='90 steps'"], &["`positions` is 320 in the cache, 360 in the run"]),
+        (&["--set", "distillation.teacher='other'"], &["`teacher_crc32` is "]),
+        (&["--set", "distillation.teacher=''"], &["`distillation.cache` is set and `distillation.teacher` empty"]),
+        (&["--set", "distillation.cache='nowhere'"], &["nowhere/manifest.json", "hint: `dinoxide cache`"]),
+    ];
+    for (args, parts) in cases {
+        student("run", &[&with_cache[..], args].concat()).failed(2, parts);
+        assert!(!place.path("run").exists(), "{args:?}");
+    }
+    assert_eq!(cases.len(), 6);
+    cache("tokens", &[&long[..], &["--set", "train.seed=9"]].concat()).failed(2, &["`seed` is 0 in the cache, 9"]);
 }
 
 #[test]
