@@ -35,7 +35,7 @@ impl TeacherTokens {
     /// The tokens of the samples `range`.
     fn part(&self, range: std::ops::Range<usize>) -> Self {
         let all = s![.., range];
-        Self { cls: self.cls.clone().slice(all.clone()), patches: self.patches.clone().slice(all) }
+        Self { cls: self.cls.clone().slice(all), patches: self.patches.clone().slice(all) }
     }
 
     /// Those of consecutive parts of a batch, together.
