@@ -72,7 +72,8 @@ impl Batch {
 
     /// The batch without all but the first `count` local crops.
     pub fn with_locals(&self, count: usize) -> Self {
-        let local = self.local.clone().filter(|_| count > 0).map(|local| local.slice(s![..count]));
+        let fewer = |local: Tensor<5>| if local.dims()[0] > count { local.slice(s![..count]) } else { local };
+        let local = self.local.clone().filter(|_| count > 0).map(fewer);
         Self { local, ..self.clone() }
     }
 

@@ -20,7 +20,7 @@ use dinoxide_config::{Resolved, difference};
 use dinoxide_data::{DataError, Drawn, Loader, Rejected, SampleReader, Source};
 use dinoxide_evaluation::EvaluationError;
 use dinoxide_model::Architecture;
-use dinoxide_model::weights::{Description, Provenance, backbone_file, write_atomically};
+use dinoxide_model::weights::{Description, Provenance, Score, backbone_file, write_atomically};
 use dinoxide_random::{Purpose, epoch_view, stream};
 
 use crate::batch::Batch;
@@ -213,7 +213,8 @@ fn go(
     }
     let mut step = runs.iter().map(|run| run.state.step).min().expect("at least one run");
     let steps = runs[0].plan.steps;
-    let mut loader = loader(shared, source, step)?;
+    let locals = runs.iter().map(|run| run.local_crops()).max().expect("at least one run");
+    let mut loader = loader(shared, locals, source, step)?;
     runs.iter_mut().for_each(|run| run.clock.window_start = Instant::now());
     while step < steps && !stop.load(Ordering::Relaxed) {
         let (mut batch, drawn) = next_batch(shared, &runs[0].plan.backbone, step, &mut loader, runs[0].device)?;
@@ -247,15 +248,16 @@ fn timed<T>(runs: &mut [Run<'_>], i: usize, act: impl FnOnce(&mut Run<'_>) -> T)
     result
 }
 
-/// Workers that read and augment the samples of step `step` and later ones.
+/// Workers that read and augment the samples of step `step` and later ones, with so many local crops.
 fn loader(
     config: &Recipe,
+    locals: usize,
     source: &Arc<dyn Source>,
     step: u64,
 ) -> Result<Loader<Result<Sample, DataError>>, TrainError> {
     let seed = config.train.seed;
     let reader = SampleReader::new(source.clone(), seed);
-    let augmentation = config.augmentation.clone();
+    let augmentation = AugmentationConfig { local_crops: locals, ..config.augmentation.clone() };
     let choices: Result<Vec<_>, _> = augmentation.choices().iter().map(MultiCrop::new).collect();
     let choices = choices.map_err(|e| TrainError::Recipe(e.to_string()))?;
     let batch = config.train.batch_size;
@@ -342,6 +344,8 @@ struct Run<'a> {
     metrics: MetricsFile,
     clock: Clock,
     last: Option<Finding>,
+    /// The step that it is of.
+    evaluated: Option<u64>,
     /// The step of the checkpoint that was loaded or written last.
     saved: Option<u64>,
 }
@@ -432,7 +436,20 @@ impl<'a> Run<'a> {
             window_waited: 0.0,
             peak_memory: resident_bytes(),
         };
-        Ok(Self { config, plan, monitor, directory, device, state, progress, metrics, clock, last: None, saved })
+        Ok(Self {
+            config,
+            plan,
+            monitor,
+            directory,
+            device,
+            state,
+            progress,
+            metrics,
+            clock,
+            last: None,
+            evaluated: None,
+            saved,
+        })
     }
 
     /// What is due before the first step.
@@ -456,9 +473,15 @@ impl<'a> Run<'a> {
         Ok(self.progress.bad_images.check(self.plan.samples, self.config.data.max_bad_share)?)
     }
 
+    /// Local crops that a loss looks at.
+    fn local_crops(&self) -> usize {
+        let used = self.config.loss.dino_weight > 0.0 && self.config.loss.local_weight > 0.0;
+        if used { self.config.augmentation.local_crops } else { 0 }
+    }
+
     /// One step.
     fn take(&mut self, batch: &Batch, waited: f64, watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
-        let batch = batch.with_locals(self.config.augmentation.local_crops);
+        let batch = batch.with_locals(self.local_crops());
         let at = self.plan.schedule.at(self.state.step);
         let draws = self.draws(at.step);
         let losses = self.plan.schedule.losses_at(&self.config.loss, at.step);
@@ -602,6 +625,7 @@ impl<'a> Run<'a> {
         })?;
         watch(Event::Evaluated { step: self.progress.step, finding: &finding });
         self.last = Some(finding.clone());
+        self.evaluated = Some(self.progress.step);
         Ok(Some(finding))
     }
 
@@ -613,6 +637,17 @@ impl<'a> Run<'a> {
         self.export()?;
         watch(Event::Checkpoint(&path));
         Ok(())
+    }
+
+    /// What the newest evaluation found, if these weights are the ones that it saw.
+    fn scores(&self) -> Vec<Score> {
+        let of = |finding: &Finding| Score {
+            name: "k-NN top-1".into(),
+            value: finding.knn.top1,
+            steps: self.progress.step,
+            protocol: serde_json::to_value(&finding.protocol).expect("plain data"),
+        };
+        self.last.iter().filter(|_| self.evaluated == Some(self.progress.step)).map(of).collect()
     }
 
     /// Writes the teacher's backbone.
@@ -629,6 +664,7 @@ impl<'a> Run<'a> {
                 images: self.progress.images,
                 data: config.data.source.clone(),
                 software: SOFTWARE.into(),
+                scores: self.scores(),
             },
             fingerprint: None,
         };

@@ -147,11 +147,15 @@ fn inspect_shows_architecture_origin_and_tensors() {
         "10 steps, 40 images of synthetic",
         "16 px",
         "blocks.0.attn.qkv.weight",
+        "k-NN top-1 ",
+        " % after 10 steps",
     ] {
         assert!(shown.contains(part), "`{part}` is not in\n{shown}");
     }
     let result = one_object(&place.run(&["inspect", "run/teacher.safetensors", "--json"]).succeeded().stdout);
     assert_eq!((&result["architecture"]["embed_dim"], &result["image_size"]), (&32.into(), &16.into()));
+    let score = &result["provenance"]["scores"][0];
+    assert_eq!((&score["steps"], &score["protocol"]["method"]["k"][0]), (&10.into(), &5.into()), "{score}");
     let tensors = result["tensors"].as_array().expect("tensors");
     let values: u64 = tensors
         .iter()
