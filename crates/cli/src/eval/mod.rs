@@ -1,0 +1,47 @@
+//! `dinoxide eval`: frozen-feature evaluations of a weight file, each in a file of its own.
+
+mod common;
+mod knn;
+mod linear;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use dinoxide_model::weights::write_atomically;
+use serde::Serialize;
+
+use self::common::Common;
+use crate::{Usage, terminal};
+
+/// The evaluations. Each reads the architecture from the weight file.
+#[derive(clap::Subcommand)]
+pub(crate) enum Command {
+    /// Weighted k-nearest neighbours on CLS tokens
+    Knn(knn::Args),
+    /// Linear classifiers on CLS and mean patch tokens, for a grid of learning rates and layers at once
+    Linear(linear::Args),
+}
+
+pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Knn(args) => knn::run(args),
+        Command::Linear(args) => linear::run(args),
+    }
+}
+
+/// Prints a result, and writes it where asked.
+fn deliver(common: &Common, result: &impl Serialize, text: &str) -> anyhow::Result<ExitCode> {
+    let pretty = serde_json::to_string_pretty(result)?;
+    if let Some(path) = &common.output {
+        write(path, &pretty)?;
+    }
+    terminal::data(if common.json { &pretty } else { text });
+    Ok(ExitCode::SUCCESS)
+}
+
+fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+    if path.is_dir() {
+        return Err(Usage(anyhow::anyhow!("{}: is a folder, not a file to write", path.display())).into());
+    }
+    write_atomically(path, text.as_bytes()).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
+}
