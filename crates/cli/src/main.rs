@@ -14,6 +14,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use dinoxide_data::DataError;
+use dinoxide_evaluation::EvaluationError;
 use dinoxide_exchange::ExchangeError;
 use dinoxide_onnx::OnnxError;
 
@@ -63,6 +64,7 @@ impl std::error::Error for Usage {}
 fn is_usage(error: &anyhow::Error) -> bool {
     error.is::<Usage>()
         || error.downcast_ref::<DataError>().is_some_and(DataError::is_usage)
+        || error.downcast_ref::<EvaluationError>().is_some_and(EvaluationError::is_usage)
         || error.downcast_ref::<ExchangeError>().is_some_and(ExchangeError::is_usage)
         || error.downcast_ref::<OnnxError>().is_some_and(OnnxError::is_usage)
 }

@@ -4,7 +4,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    accuracy::Accuracy,
+    accuracy::{Accuracy, accuracy_of},
+    bootstrap::{Interval, of_hits},
     error::EvaluationError,
     labels::{LabeledFeatures, check_pair},
     logistic_model::{LogisticModel, fit},
@@ -55,6 +56,8 @@ pub struct LogisticScores {
     /// Accuracy on val.
     #[serde(flatten)]
     pub accuracy: Accuracy,
+    /// Of top-1.
+    pub interval: Interval,
     /// The chosen `C`.
     pub c: f64,
     /// What it was chosen on.
@@ -81,7 +84,7 @@ pub fn logistic(
     config: &LogisticConfig,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Report<LogisticScores>, EvaluationError> {
-    config.check()?;
+    config.validate()?;
     check_pair(train, val)?;
     let all: Vec<u32> = (0..train.rows() as u32).collect();
     let val_rows: Vec<u32> = (0..val.rows() as u32).collect();
@@ -99,7 +102,7 @@ pub fn logistic(
     let mut best: Option<(usize, LogisticModel)> = None;
     for (i, &c) in config.c.iter().enumerate() {
         let model = fit(train, fit_rows, c, config, previous.as_ref());
-        let accuracy = model.accuracy(scored, scored_rows);
+        let accuracy = accuracy_of(&model.ranks(scored, scored_rows), train.num_classes());
         if best.as_ref().is_none_or(|(best, _)| accuracy.top1 > candidates[*best].accuracy.top1) {
             best = Some((i, model.clone()));
         }
@@ -114,16 +117,22 @@ pub fn logistic(
         model = fit(train, &all, c, config, Some(&model));
         progress(total, total);
     }
-    let accuracy = model.accuracy(val, &val_rows);
+    let ranks = model.ranks(val, &val_rows);
+    let accuracy = accuracy_of(&ranks, val.num_classes());
+    let interval = of_hits(ranks.into_iter().map(|rank| rank == Some(0)));
     let selection = SelectionReport::new(config.selection, scored_rows.len());
     let method = Method::Logistic(config.clone());
     let protocol =
         Protocol::new(method, vec![source.clone()], Some(train.rows()), val.rows(), Some(train.num_classes()));
-    Ok(Report { protocol, scores: LogisticScores { accuracy, c, selection, candidates, model: Some(model) } })
+    Ok(Report { protocol, scores: LogisticScores { accuracy, interval, c, selection, candidates, model: Some(model) } })
 }
 
 impl LogisticConfig {
-    pub(crate) fn check(&self) -> Result<(), EvaluationError> {
+    /// Checks the settings, before any feature is extracted.
+    ///
+    /// # Errors
+    /// The first that is out of range.
+    pub fn validate(&self) -> Result<(), EvaluationError> {
         let refuse =
             |key, value: String, expected| Err(EvaluationError::Setting { task: "logistic", key, value, expected });
         let usable = self.c.iter().all(|c| *c > 0.0 && c.is_finite()) && self.c.is_sorted();
