@@ -2,6 +2,7 @@
 
 mod allocator;
 mod device;
+mod embed;
 mod eval;
 mod export;
 mod inspect;
@@ -33,6 +34,8 @@ enum Command {
     /// Measure what a trained backbone's features are worth.
     #[command(subcommand)]
     Eval(eval::Command),
+    /// Write the features of images: CLS, mean, patch and register tokens, as safetensors.
+    Embed(embed::Args),
     /// Show what weights hold: architecture, origin, parameters, whether they are whole.
     Inspect(inspect::Args),
     /// Write a backbone for another library: Hugging Face, the DINO repositories, timm, ONNX.
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
     let outcome = rayon::scope(|_| match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Eval(command) => eval::run(&command),
+        Command::Embed(args) => embed::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Recipes(args) => recipes::run(&args),

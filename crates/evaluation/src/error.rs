@@ -67,6 +67,19 @@ pub enum EvaluationError {
         /// All rows.
         rows: usize,
     },
+    /// NaN or infinity among the features of an image.
+    #[error(
+        "features: a value of `{image}` is {value} ({})\n\nhint: the backbone produced it; check its weights, and that image",
+        plural(*images_affected, "image is affected", "images are affected")
+    )]
+    NonFiniteImage {
+        /// The first such image.
+        image: String,
+        /// The value.
+        value: f32,
+        /// Images with such a value.
+        images_affected: usize,
+    },
     /// Feature matrices to be concatenated describe different numbers of samples.
     #[error("features: cannot concatenate part {part} of {rows} rows with part 0 of {expected} rows")]
     ConcatRows {

@@ -45,7 +45,7 @@ pub use accuracy::Accuracy;
 pub use bootstrap::Interval;
 pub use clustering::{ClusteringScores, clustering};
 pub use error::EvaluationError;
-pub use extract::{Extracted, Extraction, extract};
+pub use extract::{Batch, Extracted, Extraction, extract, for_each_batch};
 pub use features::Features;
 pub use few_shot::{FewShot, FewShotScore};
 pub use kmeans::{KMeansConfig, kmeans};

@@ -14,7 +14,7 @@ use dinoxide_model::weights::Description;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::deliver;
+use super::{check_writable, deliver};
 use crate::table::table;
 use crate::terminal::{self, Log};
 use crate::{Usage, device};
@@ -72,6 +72,7 @@ pub(crate) trait Task {
 
 impl<T: clap::Args + Task> Measurement<T> {
     pub(super) fn run(&self) -> anyhow::Result<ExitCode> {
+        self.output.output.as_deref().map_or(Ok(()), check_writable)?;
         let mut frozen = Frozen::new(&self.network, T::BLOCKS)?;
         let outcome = self.task.run(&mut frozen)?;
         deliver(&self.output, &frozen.result(&outcome), &outcome.text())
@@ -165,7 +166,7 @@ impl Outcome {
 
 /// A backbone that is not trained, and the features it gave so far.
 pub(crate) struct Frozen {
-    weights: String,
+    pub(crate) weights: String,
     pub(crate) backbone: Backbone,
     description: Description,
     pub(crate) device: burn::tensor::Device,

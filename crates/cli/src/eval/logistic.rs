@@ -19,6 +19,9 @@ pub(crate) struct Task {
     /// Most iterations of L-BFGS for each C
     #[arg(long, value_name = "N", default_value_t = 1000)]
     max_iterations: usize,
+    /// Leave out larger C when N of them in a row have brought no gain; 0: try all, as the references do
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    patience: usize,
     /// Share of train that C is chosen on
     #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
     held_out: f64,
@@ -39,6 +42,7 @@ impl super::common::Task for Task {
         let config = LogisticConfig {
             c: if self.c.is_empty() { default.c.clone() } else { self.c.clone() },
             max_iterations: self.max_iterations,
+            patience: (self.patience > 0).then_some(self.patience),
             selection: match self.select_on_val {
                 true => Selection::Val,
                 false => Selection::HeldOut { fraction: self.held_out },

@@ -59,9 +59,17 @@ fn deliver(output: &Output, result: &impl Serialize, text: &str) -> anyhow::Resu
     Ok(ExitCode::SUCCESS)
 }
 
-fn write(path: &Path, text: &str) -> anyhow::Result<()> {
-    if path.is_dir() {
-        return Err(Usage(anyhow::anyhow!("{}: is a folder, not a file to write", path.display())).into());
+/// Refuses a path at which no file can be written, before anything is measured.
+pub(crate) fn check_writable(path: &Path) -> anyhow::Result<()> {
+    let refuse = |path: &Path, why: &str| Err(Usage(anyhow::anyhow!("{}: {why}", path.display())).into());
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match () {
+        () if path.is_dir() => refuse(path, "is a folder, not a file to write"),
+        () if !folder.is_dir() => refuse(folder, "no such folder to write to"),
+        () => Ok(()),
     }
+}
+
+fn write(path: &Path, text: &str) -> anyhow::Result<()> {
     write_atomically(path, text.as_bytes()).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }

@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
 
 use super::common::{Frozen, Network, Outcome, Task};
-use super::{clustering, knn, linear, logistic, retrieval, write};
+use super::{check_writable, clustering, knn, linear, logistic, retrieval, write};
 use crate::{Usage, terminal};
 
 #[derive(clap::Args)]
@@ -72,6 +72,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let usage = |e: &dyn std::fmt::Display| Usage(anyhow::anyhow!("{}: {e}", args.config.display()));
     let text = std::fs::read_to_string(&args.config).map_err(|e| usage(&e))?;
     let tasks = parse(&text).map_err(|e| usage(&e))?;
+    for path in [&args.output, &args.markdown].into_iter().flatten() {
+        check_writable(path)?;
+    }
     let blocks = tasks.iter().map(Evaluation::blocks).max().expect("at least one task");
     let mut frozen = Frozen::new(&args.network, blocks)?;
     let mut outcomes = Vec::with_capacity(tasks.len());
