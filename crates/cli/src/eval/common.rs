@@ -14,7 +14,7 @@ use dinoxide_model::weights::Description;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{check_writable, deliver};
+use super::{check_writable, deliver_to};
 use crate::table::table;
 use crate::terminal::{self, Log};
 use crate::{Usage, device};
@@ -75,7 +75,8 @@ impl<T: clap::Args + Task> Measurement<T> {
         self.output.output.as_deref().map_or(Ok(()), check_writable)?;
         let mut frozen = Frozen::new(&self.network, T::BLOCKS)?;
         let outcome = self.task.run(&mut frozen)?;
-        deliver(&self.output, &frozen.result(&outcome), &outcome.text())
+        let Output { output, json } = &self.output;
+        deliver_to(output.as_deref(), *json, &frozen.result(&outcome), &outcome.text())
     }
 }
 

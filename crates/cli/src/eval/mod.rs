@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use dinoxide_model::weights::write_atomically;
 use serde::Serialize;
 
-use self::common::{Measurement, Output};
+use self::common::Measurement;
 use crate::{Usage, terminal};
 
 /// The evaluations. Each reads the architecture from the weight file.
@@ -50,12 +50,12 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
 }
 
 /// Prints a result, and writes it where asked.
-fn deliver(output: &Output, result: &impl Serialize, text: &str) -> anyhow::Result<ExitCode> {
+fn deliver_to(output: Option<&Path>, json: bool, result: &impl Serialize, text: &str) -> anyhow::Result<ExitCode> {
     let pretty = serde_json::to_string_pretty(result)?;
-    if let Some(path) = &output.output {
+    if let Some(path) = output {
         write(path, &pretty)?;
     }
-    terminal::data(if output.json { &pretty } else { text });
+    terminal::data(if json { &pretty } else { text });
     Ok(ExitCode::SUCCESS)
 }
 

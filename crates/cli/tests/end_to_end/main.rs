@@ -2,7 +2,9 @@
 
 mod bad_input;
 mod convnext;
+mod embed;
 mod eval;
+mod protocols;
 mod resume;
 mod support;
 mod train;
