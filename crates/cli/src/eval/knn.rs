@@ -88,7 +88,7 @@ impl super::common::Task for Task {
             scores
                 .few_shot
                 .iter()
-                .map(|s| Metric::percent(format!("top-1, {} images per class, k = {}", s.shots, s.k), s.mean, None)),
+                .map(|s| Metric::percent(format!("top-1 with {} per class, k = {}", s.shots, s.k), s.mean, None)),
         );
         outcome.more = vec![("effective_rank", json!(rank.effective_rank)), ("chance", json!(chance))];
         outcome.shown = Some(text);
