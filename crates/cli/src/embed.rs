@@ -170,8 +170,9 @@ fn stamp(frozen: &Frozen, set: &Set, kinds: &Kinds, per_shard: usize) -> Value {
         "normalized": kinds.normalize,
         "resize_px": extraction.resize_px,
         "crop_px": extraction.crop_px,
-        "mean": extraction.mean,
-        "std": extraction.std,
+        // As text, which reads back as it was written.
+        "mean": format!("{:?}", extraction.mean),
+        "std": format!("{:?}", extraction.std),
         "classes": set.source.classes(),
     })
 }

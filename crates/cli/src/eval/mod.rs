@@ -63,11 +63,10 @@ fn deliver_to(output: Option<&Path>, json: bool, result: &impl Serialize, text: 
 pub(crate) fn check_writable(path: &Path) -> anyhow::Result<()> {
     let refuse = |path: &Path, why: &str| Err(Usage(anyhow::anyhow!("{}: {why}", path.display())).into());
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match () {
-        () if path.is_dir() => refuse(path, "is a folder, not a file to write"),
-        () if !folder.is_dir() => refuse(folder, "no such folder to write to"),
-        () => Ok(()),
+    if path.is_dir() {
+        return refuse(path, "is a folder, not a file to write");
     }
+    if folder.is_dir() { Ok(()) } else { refuse(folder, "no such folder to write to") }
 }
 
 fn write(path: &Path, text: &str) -> anyhow::Result<()> {
