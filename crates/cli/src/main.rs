@@ -3,6 +3,7 @@
 mod allocator;
 mod cache;
 mod device;
+mod embed;
 mod eval;
 mod export;
 mod inspect;
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use dinoxide_data::DataError;
+use dinoxide_evaluation::EvaluationError;
 use dinoxide_exchange::ExchangeError;
 use dinoxide_onnx::OnnxError;
 
@@ -35,6 +37,8 @@ enum Command {
     /// Measure what a trained backbone's features are worth.
     #[command(subcommand)]
     Eval(eval::Command),
+    /// Write the features of images: CLS, mean, patch and register tokens, as safetensors.
+    Embed(embed::Args),
     /// Show what weights hold: architecture, origin, parameters, whether they are whole.
     Inspect(inspect::Args),
     /// Write a backbone for another library: Hugging Face, the DINO repositories, timm, ONNX.
@@ -66,6 +70,7 @@ impl std::error::Error for Usage {}
 fn is_usage(error: &anyhow::Error) -> bool {
     error.is::<Usage>()
         || error.downcast_ref::<DataError>().is_some_and(DataError::is_usage)
+        || error.downcast_ref::<EvaluationError>().is_some_and(EvaluationError::is_usage)
         || error.downcast_ref::<ExchangeError>().is_some_and(ExchangeError::is_usage)
         || error.downcast_ref::<OnnxError>().is_some_and(OnnxError::is_usage)
 }
@@ -78,6 +83,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Eval(command) => eval::run(&command),
+        Command::Embed(args) => embed::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Recipes(args) => recipes::run(&args),

@@ -84,6 +84,14 @@ pub enum DataError {
         /// What may stand there.
         expected: &'static str,
     },
+    /// A pattern that selects images by name.
+    #[error("data: pattern `{pattern}`: {reason}")]
+    Pattern {
+        /// The pattern as given.
+        pattern: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A value in the configuration is out of range.
     #[error("data: `{key}` is {value}, expected {expected}")]
     Config {
@@ -131,6 +139,7 @@ impl DataError {
             | Self::NoImages { .. }
             | Self::UnknownKey { .. }
             | Self::BadSpec { .. }
+            | Self::Pattern { .. }
             | Self::Config { .. } => true,
             Self::Unreadable { .. } | Self::NothingReadable { .. } | Self::TooManyBad { .. } => false,
         }

@@ -16,6 +16,7 @@ mod folder;
 mod loader;
 mod order;
 mod source;
+mod subset;
 mod synthetic;
 
 pub use config::DataConfig;
@@ -26,6 +27,7 @@ pub use folder::FolderSource;
 pub use loader::{Loader, LoaderError};
 pub use order::SampleOrder;
 pub use source::{GroundTruth, Source, open};
+pub use subset::Subset;
 pub use synthetic::{Split, SyntheticConfig, SyntheticSource};
 
 #[cfg(test)]

@@ -3,7 +3,9 @@
 mod bad_input;
 mod convnext;
 mod distillation;
+mod embed;
 mod eval;
+mod protocols;
 mod resume;
 mod stages;
 mod support;
