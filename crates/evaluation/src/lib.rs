@@ -9,9 +9,11 @@
 //! - [`mod@linear`]: linear classifiers trained by SGD, a grid of learning rates at once.
 //! - [`mod@logistic`]: multinomial logistic regression to convergence, a grid of regularisation strengths.
 //! - [`mod@spectrum`]: effective rank and other signs of collapse, no labels.
+//! - [`dense`]: segmentation, depth, video and figure/ground from patch tokens.
 //! - [`segmentation`], [`depth`]: the arithmetic of the dense-prediction metrics.
 
 pub mod accuracy;
+pub mod dense;
 pub mod depth;
 pub mod error;
 pub mod extract;

@@ -16,6 +16,14 @@ pub(crate) mod draws {
     pub(crate) const LINEAR_INIT: u64 = 2;
     /// The order of the samples in an epoch of linear-classifier training. Second counter: the epoch.
     pub(crate) const LINEAR_ORDER: u64 = 3;
+    /// Initial weights of a dense head.
+    pub(crate) const HEAD_INIT: u64 = 101;
+    /// The order of the images in an epoch of a dense head's training. Second counter: the epoch.
+    pub(crate) const HEAD_ORDER: u64 = 102;
+    /// The channels that a dense head does not see. Second counter: the iteration.
+    pub(crate) const HEAD_DROPOUT: u64 = 103;
+    /// The objects that are held out from a figure/ground classifier.
+    pub(crate) const GROUPS: u64 = 104;
 }
 
 /// The samples on which the best learning rate or regularisation strength is chosen.
