@@ -34,9 +34,9 @@ pub struct FeatureSource {
     pub layers: Vec<usize>,
     /// Whether the backbone's final norm was applied.
     pub final_norm: bool,
-    /// Length of the shorter image side after resizing, in pixels.
+    /// Length of the shorter image side after resizing, in pixels; 0 where images keep their size.
     pub resize_px: usize,
-    /// Side of the central crop, in pixels.
+    /// Side of the central crop, or of the windows of a dense task, in pixels.
     pub crop_px: usize,
     /// The resizing filter, for example `bicubic, antialias`.
     pub interpolation: String,

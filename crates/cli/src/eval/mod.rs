@@ -1,8 +1,11 @@
 //! `dinoxide eval`: frozen-feature evaluations of a weight file, each in a file of its own.
 
 mod common;
+pub(crate) mod dense;
+pub(crate) mod depth;
 mod knn;
 mod linear;
+pub(crate) mod segmentation;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -20,22 +23,33 @@ pub(crate) enum Command {
     Knn(knn::Args),
     /// Linear classifiers on CLS and mean patch tokens, for a grid of learning rates and layers at once
     Linear(linear::Args),
+    /// Semantic segmentation by a linear head on patch tokens: mIoU on folders of images and masks
+    Segmentation(segmentation::Args),
+    /// Depth by a linear head on patch tokens: RMSE, AbsRel and δ on folders of images and depth maps
+    Depth(depth::Args),
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Knn(args) => knn::run(args),
         Command::Linear(args) => linear::run(args),
+        Command::Segmentation(args) => segmentation::run(args),
+        Command::Depth(args) => depth::run(args),
     }
 }
 
 /// Prints a result, and writes it where asked.
 fn deliver(common: &Common, result: &impl Serialize, text: &str) -> anyhow::Result<ExitCode> {
+    deliver_to(common.output.as_deref(), common.json, result, text)
+}
+
+/// Prints a result as text or JSON, and writes it to `output`, if given.
+fn deliver_to(output: Option<&Path>, json: bool, result: &impl Serialize, text: &str) -> anyhow::Result<ExitCode> {
     let pretty = serde_json::to_string_pretty(result)?;
-    if let Some(path) = &common.output {
+    if let Some(path) = output {
         write(path, &pretty)?;
     }
-    terminal::data(if common.json { &pretty } else { text });
+    terminal::data(if json { &pretty } else { text });
     Ok(ExitCode::SUCCESS)
 }
 

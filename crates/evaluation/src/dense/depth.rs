@@ -227,14 +227,18 @@ impl DepthHead {
             if rejected.len() == images.indices.len() {
                 return Err(EvaluationError::NothingReadable { rejected });
             }
-            return Err(EvaluationError::NoDepth { maps: images.indices.len(), largest, min: range.min, max: range.max });
+            return Err(EvaluationError::NoDepth {
+                maps: images.indices.len(),
+                largest,
+                min: range.min,
+                max: range.max,
+            });
         }
         let loss = |parts: &[Outputs<'_>]| batch_loss(parts, &scratch, &stored.depths, output, range);
         let total = config.iterations;
         let mut report = |done: usize, _: f64| progress("head", done, total);
         let tokens = (&scratch, &stored.grids[..]);
-        let head =
-            LinearHead::train("depth", tokens, output.channels(), config, encoder.device(), &loss, &mut report)?;
+        let head = LinearHead::train("depth", tokens, output.channels(), config, encoder.device(), &loss, &mut report)?;
         Ok((Self { head, output, range }, (sum / count as f64) as f32, rejected))
     }
 
@@ -301,9 +305,12 @@ pub fn validate(
     Ok(found)
 }
 
-fn check(output: DepthOutput, range: DepthRange, scale: f32) -> Result<(), EvaluationError> {
-    let setting =
-        |key, value: String, expected| Err(EvaluationError::Setting { task: "depth", key, value, expected });
+/// Checks settings.
+///
+/// # Errors
+/// The first that is out of range.
+pub fn check(output: DepthOutput, range: DepthRange, scale: f32) -> Result<(), EvaluationError> {
+    let setting = |key, value: String, expected| Err(EvaluationError::Setting { task: "depth", key, value, expected });
     if !(range.min > 0.0 && range.max > range.min && range.max <= 65_504.0) {
         return setting("range", format!("{} to {} m", range.min, range.max), "above 0, rising, and at most 65504 m");
     }
@@ -340,11 +347,8 @@ fn batch_loss(
             let coarse = output.depths(part.values, range);
             let predicted = bilinear.map(&coarse, |depth| depth[0]);
             let log = |depth: f32| (depth + LOG_OFFSET).ln();
-            let difference = predicted
-                .iter()
-                .zip(&truth)
-                .map(|(&p, &t)| if t > 0.0 { log(p) - log(t) } else { f32::NAN })
-                .collect();
+            let difference =
+                predicted.iter().zip(&truth).map(|(&p, &t)| if t > 0.0 { log(p) - log(t) } else { f32::NAN }).collect();
             Ok(Image { bilinear, coarse, predicted, difference })
         })
         .collect::<Result<_, EvaluationError>>()?;
@@ -380,7 +384,13 @@ mod tests {
     const RANGE: DepthRange = DepthRange { min: 0.5, max: 8.0 };
 
     /// The loss of everything at once, in double precision, with loops.
-    fn naive(values: &[Vec<f64>], grids: &[(usize, usize)], truth: &[Vec<f32>], sizes: &[(usize, usize)], bins: usize) -> f64 {
+    fn naive(
+        values: &[Vec<f64>],
+        grids: &[(usize, usize)],
+        truth: &[Vec<f32>],
+        sizes: &[(usize, usize)],
+        bins: usize,
+    ) -> f64 {
         let mut differences = Vec::new();
         for (i, values) in values.iter().enumerate() {
             let ((h, w), (height, width)) = (grids[i], sizes[i]);
@@ -462,9 +472,12 @@ mod tests {
         let images = DepthImages { source: &source, indices: &all, scale: 1.0 };
         let range = DepthRange { min: 0.001, max: 10.5 };
         let mut seen = 0;
-        for (output, window) in [(DepthOutput::Bins(32), 64), (DepthOutput::Bins(32), 16), (DepthOutput::Regression, 64)] {
+        for (output, window) in
+            [(DepthOutput::Bins(32), 64), (DepthOutput::Bins(32), 16), (DepthOutput::Regression, 64)]
+        {
             let encoder = Encoder::new(&backbone, &config(window), &device).unwrap();
-            let head_config = HeadConfig { iterations: 120, batch_size: 6, learning_rate: 0.02, ..HeadConfig::default() };
+            let head_config =
+                HeadConfig { iterations: 120, batch_size: 6, learning_rate: 0.02, ..HeadConfig::default() };
             let (head, mean, rejected) =
                 DepthHead::train(&encoder, images, (output, range), &head_config, &mut |_, _, _| ()).unwrap();
             assert!(rejected.is_empty() && (1.0..8.0).contains(&mean), "{mean}");
@@ -490,7 +503,10 @@ mod tests {
         };
         let far = DepthRange { min: 20.0, max: 30.0 };
         let message = refused(DepthOutput::Regression, far, 1.0);
-        assert!(message.contains("none of the 2 depth map(s)") && message.contains("20") && message.contains("30"), "{message}");
+        assert!(
+            message.contains("none of the 2 depth map(s)") && message.contains("20") && message.contains("30"),
+            "{message}"
+        );
         assert!(refused(DepthOutput::Bins(1), RANGE, 1.0).contains("`bins` is 1"));
         assert!(refused(DepthOutput::Regression, RANGE, 0.0).contains("`scale` is 0"));
         assert!(refused(DepthOutput::Regression, DepthRange { min: 2.0, max: 1.0 }, 1.0).contains("2 to 1 m"));

@@ -63,7 +63,11 @@ impl Default for HeadConfig {
 }
 
 impl HeadConfig {
-    fn check(&self, task: &'static str) -> Result<(), EvaluationError> {
+    /// Checks the settings, on behalf of `task`.
+    ///
+    /// # Errors
+    /// The first that is out of range.
+    pub fn check(&self, task: &'static str) -> Result<(), EvaluationError> {
         let setting = |key, value: String, expected| Err(EvaluationError::Setting { task, key, value, expected });
         if self.iterations == 0 {
             return setting("iterations", "0".into(), "at least 1");
@@ -86,7 +90,7 @@ impl HeadConfig {
     }
 
     /// In words, for a protocol.
-    pub(crate) fn description(&self) -> String {
+    pub fn description(&self) -> String {
         format!(
             "batch norm and 1x1 convolution, AdamW, learning rate {:e}, weight decay {:e}, dropout {}, {} iterations of {}, seed {}",
             self.learning_rate, self.weight_decay, self.dropout, self.iterations, self.batch_size, self.seed

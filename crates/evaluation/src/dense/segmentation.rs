@@ -410,13 +410,15 @@ mod tests {
     #[test]
     fn a_head_finds_rectangles_whole_and_by_windows() {
         let (_root, source) = rectangles();
-        let classes = Classes { count: Classes::count_in(&source, 7, false).unwrap(), void: 7, reduce_zero_label: false };
+        let classes =
+            Classes { count: Classes::count_in(&source, 7, false).unwrap(), void: 7, reduce_zero_label: false };
         assert_eq!(classes.count, 2);
         let (backbone, device) = (backbone(), Device::flex());
         let mut seen = 0;
         for window in [48, 16] {
             let encoder = Encoder::new(&backbone, &config(window), &device).unwrap();
-            let head_config = HeadConfig { iterations: 80, batch_size: 6, learning_rate: 0.05, ..HeadConfig::default() };
+            let head_config =
+                HeadConfig { iterations: 80, batch_size: 6, learning_rate: 0.05, ..HeadConfig::default() };
             let mut stages = Vec::new();
             let mut progress = |stage, done, of| stages.push((stage, done, of));
             let (head, rejected) =
