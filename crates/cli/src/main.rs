@@ -9,6 +9,7 @@ mod recipes;
 mod table;
 mod terminal;
 mod train;
+mod viz;
 
 use std::process::ExitCode;
 
@@ -32,6 +33,9 @@ enum Command {
     /// Measure what a trained backbone's features are worth.
     #[command(subcommand)]
     Eval(eval::Command),
+    /// Draw what a backbone sees: components, attention, norms, neighbours, segmentation, depth.
+    #[command(subcommand)]
+    Viz(viz::Command),
     /// Show what weights hold: architecture, origin, parameters, whether they are whole.
     Inspect(inspect::Args),
     /// Write a backbone for another library: Hugging Face, the DINO repositories, timm, ONNX.
@@ -74,6 +78,7 @@ fn main() -> ExitCode {
     let outcome = rayon::scope(|_| match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Eval(command) => eval::run(&command),
+        Command::Viz(command) => viz::run(&command),
         Command::Inspect(args) => inspect::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Recipes(args) => recipes::run(&args),

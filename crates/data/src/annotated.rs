@@ -79,14 +79,16 @@ struct Pair {
 }
 
 /// Images with maps, known by index.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct AnnotatedSource {
     found: Found,
+    /// The images of `found` that are meant.
+    chosen: Vec<usize>,
     limits: DecodeLimits,
     images_without_map: usize,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Found {
     Pairs(Vec<Pair>),
     Synthetic(SyntheticSource),
@@ -100,8 +102,9 @@ impl AnnotatedSource {
     pub fn open(pairing: &Pairing, kind: MapKind, limits: &DecodeLimits) -> Result<Self, DataError> {
         limits.validate()?;
         if let Some(config) = synthetic::parse_spec(&pairing.images)? {
-            let found = Found::Synthetic(SyntheticSource::new(config)?);
-            return Ok(Self { found, limits: limits.clone(), images_without_map: 0 });
+            let source = SyntheticSource::new(config)?;
+            let chosen = (0..source.len()).collect();
+            return Ok(Self { found: Found::Synthetic(source), chosen, limits: limits.clone(), images_without_map: 0 });
         }
         let root = Path::new(&pairing.images);
         let (mut images, mut maps) = match &pairing.maps {
@@ -147,18 +150,21 @@ impl AnnotatedSource {
             });
         }
         let images_without_map = all_images - pairs.len();
-        Ok(Self { found: Found::Pairs(pairs), limits: limits.clone(), images_without_map })
+        let chosen = (0..pairs.len()).collect();
+        Ok(Self { found: Found::Pairs(pairs), chosen, limits: limits.clone(), images_without_map })
+    }
+
+    /// The images of these indices, in this order.
+    pub fn select(&self, indices: &[usize]) -> Self {
+        Self { chosen: indices.iter().map(|&index| self.chosen[index]).collect(), ..self.clone() }
     }
 
     /// How many images have a map.
     pub fn len(&self) -> usize {
-        match &self.found {
-            Found::Pairs(pairs) => pairs.len(),
-            Found::Synthetic(source) => source.len(),
-        }
+        self.chosen.len()
     }
 
-    /// Whether there are none; never, of a source that could be opened.
+    /// Whether there are none; never, of a source that could be opened and of which some are meant.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -170,6 +176,7 @@ impl AnnotatedSource {
 
     /// The name of an image, without extension and suffix.
     pub fn id(&self, index: usize) -> String {
+        let index = self.chosen[index];
         match &self.found {
             Found::Pairs(pairs) => pairs[index].id.clone(),
             Found::Synthetic(source) => source.id(index),
@@ -181,6 +188,7 @@ impl AnnotatedSource {
     /// # Errors
     /// [`ReadError`] when it cannot be read.
     pub fn image(&self, index: usize) -> Result<RgbImage, ReadError> {
+        let index = self.chosen[index];
         match &self.found {
             Found::Pairs(pairs) => {
                 decode_file(&pairs[index].image, &self.limits).map_err(|e| named_error(&pairs[index].image, e))
@@ -194,6 +202,7 @@ impl AnnotatedSource {
     /// # Errors
     /// [`ReadError`] when it cannot be read.
     pub fn mask(&self, index: usize) -> Result<IntegerMap, ReadError> {
+        let index = self.chosen[index];
         match &self.found {
             Found::Pairs(pairs) => {
                 read_integer_map(&pairs[index].map, &self.limits).map_err(|e| named_error(&pairs[index].map, e))
@@ -218,7 +227,7 @@ impl AnnotatedSource {
                 Ok((map.width, map.height, map.values.iter().map(|&value| f32::from(value) * scale).collect()))
             }
             Found::Synthetic(source) => {
-                let truth = source.ground_truth(index).expect("built-in images have depth");
+                let truth = source.ground_truth(self.chosen[index]).expect("built-in images have depth");
                 Ok((truth.width, truth.height, truth.depth))
             }
         }
@@ -387,5 +396,9 @@ mod tests {
         assert_eq!(mask.values.iter().copied().collect::<BTreeSet<u16>>(), BTreeSet::from([0, 2]));
         let (width, height, depth) = source.depth(13, 0.001).unwrap();
         assert!((width, height) == (24, 16) && depth.iter().all(|depth| (0.5..=10.0).contains(depth)));
+        let two = source.select(&[13, 4]);
+        assert_eq!((two.len(), two.id(0), two.mask(0).unwrap()), (2, source.id(13), mask));
+        assert_eq!(two.select(&[1]).depth(0, 1.0).unwrap(), source.depth(4, 1.0).unwrap());
+        assert_eq!(two.image(1).unwrap(), source.image(4).unwrap());
     }
 }

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{knn::KnnConfig, linear::LinearConfig, logistic::LogisticConfig};
+use crate::{dense::propagation::PropagationConfig, knn::KnnConfig, linear::LinearConfig, logistic::LogisticConfig};
 
 /// Where a feature vector comes from in the backbone's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +75,24 @@ pub enum Method {
         /// Depths outside this range, in metres, are not scored.
         range: (f32, f32),
         /// How images were fed: for example `full image, mean of both flips`.
+        inference: String,
+    },
+    /// Label propagation through videos.
+    Video {
+        /// How labels were carried on.
+        propagation: PropagationConfig,
+        /// How frames were fed.
+        inference: String,
+    },
+    /// Figure and ground.
+    Foreground {
+        /// The linear classifier, and how it was trained.
+        head: String,
+        /// Attention that a figure holds.
+        attention_mass: f32,
+        /// The label that is not scored.
+        ignored: u32,
+        /// How images were fed.
         inference: String,
     },
 }
@@ -153,8 +171,18 @@ mod tests {
                 "segmentation",
             ),
             (Method::Depth { head: "linear".into(), range: (0.001, 10.0), inference: "whole image".into() }, "depth"),
+            (Method::Video { propagation: PropagationConfig::default(), inference: "whole frames".into() }, "video"),
+            (
+                Method::Foreground {
+                    head: "linear".into(),
+                    attention_mass: 0.6,
+                    ignored: 255,
+                    inference: "whole image".into(),
+                },
+                "foreground",
+            ),
         ];
-        assert_eq!(methods.len(), 6);
+        assert_eq!(methods.len(), 8);
         for (method, task) in methods {
             let protocol = Protocol::new(method, vec![test_source()], Some(70), 30, Some(5));
             let json = serde_json::to_value(&protocol).unwrap();

@@ -15,23 +15,38 @@ use crate::{Usage, device};
 /// Side of the windows of large images, unless the patch size asks for a little less.
 const WINDOW_PX: usize = 512;
 
+/// A backbone, and the size at which it sees images.
 #[derive(clap::Args)]
-pub(crate) struct DenseCommon {
+pub(crate) struct Seen {
     /// Weights: a run's `teacher.safetensors`, a `.pth` file of the DINO repositories, a Hugging Face folder, a timm file
     #[arg(long, value_name = "PATH")]
     pub(crate) weights: PathBuf,
     /// Length of the shorter image side, in pixels, before both are rounded to whole patches; default: images keep theirs
     #[arg(long, value_name = "PX")]
-    pub(crate) resize: Option<usize>,
-    /// Images with a longer side are seen in windows of this side, in pixels; default: 512, in whole patches
-    #[arg(long, value_name = "PX")]
-    pub(crate) window: Option<usize>,
-    /// Tokens of this many last blocks side by side; of a ConvNeXt, stages
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) layers: usize,
+    resize: Option<usize>,
     /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `metal`
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    pub(crate) device: String,
+    device: String,
+}
+
+/// How many blocks' tokens are used.
+#[derive(clap::Args)]
+pub(crate) struct Layers {
+    /// Tokens of this many last blocks side by side; of a ConvNeXt, stages
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    layers: usize,
+}
+
+/// What heads on patch tokens share.
+#[derive(clap::Args)]
+pub(crate) struct DenseCommon {
+    #[command(flatten)]
+    pub(crate) seen: Seen,
+    #[command(flatten)]
+    layers: Layers,
+    /// Images with a longer side are seen in windows of this side, in pixels; default: 512, in whole patches
+    #[arg(long, value_name = "PX")]
+    window: Option<usize>,
 }
 
 /// Where the result goes besides the terminal.
@@ -155,15 +170,30 @@ pub(crate) struct DenseSetup {
 }
 
 impl DenseSetup {
-    pub(crate) fn new(common: &DenseCommon) -> anyhow::Result<Self> {
-        let device = device::parse(&common.device)?;
-        let Loaded { backbone, description, notes, .. } = load(&common.weights, &device)?;
-        terminal::notes(&common.weights, &notes);
+    /// For heads: large images in windows.
+    pub(crate) fn windowed(common: &DenseCommon) -> anyhow::Result<Self> {
+        Self::new(&common.seen, common.window, common.layers.layers)
+    }
+
+    /// For what sees images whole.
+    pub(crate) fn whole(seen: &Seen, layers: &Layers) -> anyhow::Result<Self> {
+        Self::new(seen, None, layers.layers)
+    }
+
+    /// For the last block, seeing images whole.
+    pub(crate) fn last_block(seen: &Seen) -> anyhow::Result<Self> {
+        Self::new(seen, None, 1)
+    }
+
+    fn new(seen: &Seen, window: Option<usize>, last_blocks: usize) -> anyhow::Result<Self> {
+        let device = device::parse(&seen.device)?;
+        let Loaded { backbone, description, notes, .. } = load(&seen.weights, &device)?;
+        terminal::notes(&seen.weights, &notes);
         let stride = description.architecture.stride();
         let config = TokenGridConfig {
-            short_px: common.resize,
-            window_px: common.window.unwrap_or((WINDOW_PX / stride).max(1) * stride),
-            last_blocks: common.layers,
+            short_px: seen.resize,
+            window_px: window.unwrap_or((WINDOW_PX / stride).max(1) * stride),
+            last_blocks,
             mean: description.mean,
             std: description.std,
         };
@@ -217,6 +247,8 @@ pub(crate) fn stages(log: &mut Log) -> impl FnMut(&'static str, usize, usize) + 
                 0,
                 match stage {
                     "tokens" => "{bar:28} tokens of {pos}/{len} train images, {eta} left",
+                    "choice" => "{bar:28} attention and components of {pos}/{len} train images, {eta} left",
+                    "scoring" => "{bar:28} scoring {pos}/{len} val images, {eta} left",
                     _ => "{bar:28} head {pos}/{len} iterations, {eta} left",
                 },
             );

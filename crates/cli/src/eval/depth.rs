@@ -66,11 +66,10 @@ pub(crate) struct Trained {
     pub(crate) range: DepthRange,
     pub(crate) scale: f32,
     pub(crate) val: AnnotatedSource,
-    pub(crate) val_indices: Vec<usize>,
     config: HeadConfig,
     output: DepthOutput,
     mean: f32,
-    train_images: usize,
+    pub(crate) train_images: usize,
 }
 
 impl Task {
@@ -84,9 +83,9 @@ impl Task {
         };
         let range = DepthRange { min: self.min_depth, max: self.max_depth };
         dinoxide_evaluation::dense::depth::check(output, range, self.depth_scale).map_err(|e| Usage(e.into()))?;
-        let mut setup = DenseSetup::new(&self.common)?;
+        let mut setup = DenseSetup::windowed(&self.common)?;
         let train = self.pairs.open_train(MapKind::Depth, &mut setup.log)?;
-        let (train_indices, val, val_indices) = match (&self.pairs.val, self.split_by_time) {
+        let (train, val) = match (&self.pairs.val, self.split_by_time) {
             (Some(_), Some(_)) => {
                 return Err(Usage(anyhow::anyhow!("`--val` and `--split-by-time` are two ways to say the same")).into());
             }
@@ -99,8 +98,7 @@ impl Task {
             }
             (Some(_), None) => {
                 let val = self.pairs.open_val(MapKind::Depth, &mut setup.log)?;
-                let all = (0..val.len()).collect();
-                ((0..train.len()).collect::<Vec<_>>(), val, all)
+                (train, val)
             }
             (None, Some(share)) => {
                 let first = (train.len() as f64 * share).round();
@@ -113,26 +111,26 @@ impl Task {
                     ))
                     .into());
                 }
-                let val = self.pairs.open_train(MapKind::Depth, &mut setup.log)?;
-                ((0..first as usize).collect(), val, (second as usize..train.len()).collect())
+                let part = |from: f64, to: usize| train.select(&(from as usize..to).collect::<Vec<_>>());
+                (part(0.0, first as usize), part(second, train.len()))
             }
         };
         let mut log = crate::terminal::Log::new(None)?;
-        let images = DepthImages { source: &train, indices: &train_indices, scale: self.depth_scale };
+        let images = DepthImages { source: &train, scale: self.depth_scale };
         let (head, mean, rejected) =
             DepthHead::train(&setup.encoder()?, images, (output, range), &config, &mut stages(&mut log))?;
         log.clear();
         warn(&mut log, &rejected);
-        let (scale, train_images) = (self.depth_scale, train_indices.len() - rejected.len());
-        Ok(Trained { setup, head, range, scale, val, val_indices, config, output, mean, train_images })
+        let (scale, train_images) = (self.depth_scale, train.len() - rejected.len());
+        Ok(Trained { setup, head, range, scale, val, config, output, mean, train_images })
     }
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut trained = args.task.train()?;
     let mut log = crate::terminal::Log::new(None)?;
-    let images = DepthImages { source: &trained.val, indices: &trained.val_indices, scale: trained.scale };
-    log.bar(images.indices.len() as u64, 0, "{bar:28} scoring {pos}/{len} val images, {eta} left");
+    let images = DepthImages { source: &trained.val, scale: trained.scale };
+    log.bar(images.source.len() as u64, 0, "{bar:28} scoring {pos}/{len} val images, {eta} left");
     let encoder = trained.setup.encoder()?;
     let mut progress = |done: usize, _: usize| log.set(done as u64, String::new());
     let found = validate(&trained.head, &encoder, images, trained.mean, &mut progress)?;
@@ -166,7 +164,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         )
     );
     let pairs = &args.task.pairs;
-    let weights = &args.task.common.weights;
+    let weights = &args.task.common.seen.weights;
     let val = match (&pairs.val, args.task.split_by_time) {
         (None, Some(share)) => format!("{}, after the first {share} and a gap of {}", pairs.train, args.task.gap),
         (val, _) => val.clone().unwrap_or_default(),

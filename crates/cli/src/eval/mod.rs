@@ -3,9 +3,11 @@
 mod common;
 pub(crate) mod dense;
 pub(crate) mod depth;
+mod foreground;
 mod knn;
 mod linear;
 pub(crate) mod segmentation;
+mod video;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -27,6 +29,10 @@ pub(crate) enum Command {
     Segmentation(segmentation::Args),
     /// Depth by a linear head on patch tokens: RMSE, AbsRel and δ on folders of images and depth maps
     Depth(depth::Args),
+    /// Masks of a first frame carried through videos by patch tokens: J, F and J&F
+    Video(video::Args),
+    /// Figure and ground by a linear classifier, by attention and by the first principal component
+    Foreground(foreground::Args),
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
@@ -35,6 +41,8 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Linear(args) => linear::run(args),
         Command::Segmentation(args) => segmentation::run(args),
         Command::Depth(args) => depth::run(args),
+        Command::Video(args) => video::run(args),
+        Command::Foreground(args) => foreground::run(args),
     }
 }
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use dinoxide_data::{AnnotatedSource, MapKind};
 use dinoxide_evaluation::dense::HeadConfig;
-use dinoxide_evaluation::dense::segmentation::{Classes, SegmentationHead, validate};
+use dinoxide_evaluation::dense::segmentation::{Classes, Ids, SegmentationHead, validate};
 use dinoxide_evaluation::{Method, Protocol, Report};
 use serde_json::json;
 
@@ -60,16 +60,17 @@ impl Task {
     /// Trains the head.
     pub(crate) fn train(&self) -> anyhow::Result<Trained> {
         let config = self.head.config("segmentation", HeadConfig::default())?;
-        let mut setup = DenseSetup::new(&self.common)?;
+        let mut setup = DenseSetup::windowed(&self.common)?;
         let train = self.pairs.open_train(MapKind::Mask, &mut setup.log)?;
         let val = self.pairs.open_val(MapKind::Mask, &mut setup.log)?;
+        let ids = if self.reduce_zero_label { Ids::FromOne } else { Ids::Classes };
         let count = match self.classes {
             Some(0) => return Err(Usage(anyhow::anyhow!("`--classes` is 0, must be at least 1")).into()),
             Some(count) => count,
-            None => Classes::count_in(&train, self.void, self.reduce_zero_label)?,
+            None => Classes::count_in(&train, self.void, ids)?,
         };
         let names = self.names(count)?;
-        let classes = Classes { count, void: self.void, reduce_zero_label: self.reduce_zero_label };
+        let classes = Classes { count, void: self.void, ids };
         let mut log = crate::terminal::Log::new(None)?;
         let (head, rejected) =
             SegmentationHead::train(&setup.encoder()?, &train, classes, &config, &mut stages(&mut log))?;
@@ -131,7 +132,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         table(&["class", "IoU", "accuracy", "share of pixels"], &rows)
     );
     let pairs = &args.task.pairs;
-    let weights = &args.task.common.weights;
+    let weights = &args.task.common.seen.weights;
     let source = trained.setup.source(weights, &pairs.train, pairs.val.as_deref().unwrap_or_default());
     let head = trained.config.description();
     let method = Method::Segmentation { head, ignored: trained.classes.void, inference };

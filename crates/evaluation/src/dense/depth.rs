@@ -135,21 +135,24 @@ pub struct Validated {
     pub rejected: Vec<Rejected>,
 }
 
-/// Images of a source by index, and the factor from the values of its files to metres.
+/// Images with depth maps, and the factor from the values of the files to metres.
 #[derive(Clone, Copy)]
 pub struct DepthImages<'a> {
     /// The source.
     pub source: &'a AnnotatedSource,
-    /// The images of it that are meant.
-    pub indices: &'a [usize],
     /// Metres for a value of 1.
     pub scale: f32,
 }
 
-type WithDepth = (RgbImage, Vec<f32>);
+/// An image and the depth of its pixels in metres, row by row.
+pub type WithDepth = (RgbImage, Vec<f32>);
 
 impl DepthImages<'_> {
-    fn read(&self, index: usize) -> Result<Result<WithDepth, Rejected>, EvaluationError> {
+    /// Reads an image and its depth in metres.
+    ///
+    /// # Errors
+    /// `Ok(Err)` if a file cannot be read; an error if the map is of another size.
+    pub fn read(&self, index: usize) -> Result<Result<WithDepth, Rejected>, EvaluationError> {
         let rejected = |e: dinoxide_data::ReadError| Rejected { index, id: e.id, reason: e.reason.to_string() };
         let image = match self.source.image(index) {
             Ok(image) => image,
@@ -190,7 +193,7 @@ impl DepthHead {
         let (mut scratch, mut stored, mut rejected) = (Scratch::new()?, Stored::default(), Vec::new());
         let (mut sum, mut count, mut largest) = (0.0, 0u64, 0.0f32);
         let mut resizer = Resizer::default();
-        for (done, &index) in images.indices.iter().enumerate() {
+        for index in 0..images.source.len() {
             match images.read(index)? {
                 Err(why) => rejected.push(why),
                 Ok((image, depth)) => {
@@ -221,14 +224,14 @@ impl DepthHead {
                     }
                 }
             }
-            progress("tokens", done + 1, images.indices.len());
+            progress("tokens", index + 1, images.source.len());
         }
         if stored.grids.is_empty() {
-            if rejected.len() == images.indices.len() {
+            if rejected.len() == images.source.len() {
                 return Err(EvaluationError::NothingReadable { rejected });
             }
             return Err(EvaluationError::NoDepth {
-                maps: images.indices.len(),
+                maps: images.source.len(),
                 largest,
                 min: range.min,
                 max: range.max,
@@ -282,7 +285,7 @@ pub fn validate(
     let mut found =
         Validated { mean: DepthMean::default(), constant: DepthMean::default(), images: 0, rejected: Vec::new() };
     let mut largest = 0.0f32;
-    for (done, &index) in images.indices.iter().enumerate() {
+    for index in 0..images.source.len() {
         match images.read(index)? {
             Err(why) => found.rejected.push(why),
             Ok((image, depth)) => {
@@ -293,7 +296,7 @@ pub fn validate(
                 found.images += 1;
             }
         }
-        progress(done + 1, images.indices.len());
+        progress(index + 1, images.source.len());
     }
     if found.images == 0 {
         return Err(EvaluationError::NothingReadable { rejected: found.rejected });
@@ -468,8 +471,7 @@ mod tests {
         let pairing = Pairing { images: "synthetic:images=24,size=32x40".into(), ..Pairing::default() };
         let source = AnnotatedSource::open(&pairing, MapKind::Depth, &DecodeLimits::default()).unwrap();
         let (backbone, device) = (backbone(), Device::flex());
-        let all: Vec<usize> = (0..24).collect();
-        let images = DepthImages { source: &source, indices: &all, scale: 1.0 };
+        let images = DepthImages { source: &source, scale: 1.0 };
         let range = DepthRange { min: 0.001, max: 10.5 };
         let mut seen = 0;
         for (output, window) in
@@ -496,7 +498,8 @@ mod tests {
         let backbone = backbone();
         let encoder = Encoder::new(&backbone, &config(32), &Device::flex()).unwrap();
         let refused = |output, range, scale| {
-            let images = DepthImages { source: &source, indices: &[0, 2], scale };
+            let source = source.select(&[0, 2]);
+            let images = DepthImages { source: &source, scale };
             let trained =
                 DepthHead::train(&encoder, images, (output, range), &HeadConfig::default(), &mut |_, _, _| ());
             trained.err().expect("refused").to_string()

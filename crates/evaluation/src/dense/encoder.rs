@@ -178,14 +178,19 @@ impl<'a> Encoder<'a> {
         self.tokens(&resizer.resized_crop(image, window, (window.width, window.height)))
     }
 
-    /// In words, for a protocol.
-    pub fn description(&self) -> String {
+    /// The size of images in words.
+    pub fn size_description(&self) -> String {
         let size = match self.config.short_px {
             Some(short) => format!("short side {short}"),
             None => "own size".to_owned(),
         };
-        let (stride, window, step) = (self.stride, self.config.window_px, self.overlapping_step());
-        format!("{size} in multiples of {stride}, window {window}, stride {step}")
+        format!("{size} in multiples of {}", self.stride)
+    }
+
+    /// Size and windows in words, for a protocol.
+    pub fn description(&self) -> String {
+        let (window, step) = (self.config.window_px, self.overlapping_step());
+        format!("{}, window {window}, stride {step}", self.size_description())
     }
 }
 

@@ -8,6 +8,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use dinoxide_random::{Purpose, stream};
 use rand::RngExt;
 use rand::seq::SliceRandom;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::TokenGrid;
@@ -191,20 +192,25 @@ impl LinearHead {
         for t in 0..config.iterations {
             let images: Vec<usize> = (0..config.batch_size).map(|i| order.at(t * config.batch_size + i)).collect();
             let mut rng = stream(config.seed, Purpose::Evaluation, draws::HEAD_DROPOUT, t as u64);
-            let mut tokens = Vec::new();
-            for &image in &images {
-                let mut grid = scratch.get_grid(&grids[image])?;
-                let kept: Vec<f32> =
-                    (0..dim)
-                        .map(|_| {
-                            if rng.random::<f64>() < config.dropout { 0.0 } else { 1.0 / (1.0 - config.dropout as f32) }
-                        })
-                        .collect();
-                for token in grid.values.chunks_exact_mut(dim) {
-                    token.iter_mut().zip(&kept).for_each(|(value, kept)| *value *= kept);
-                }
-                tokens.push(grid);
-            }
+            let kept_scale = 1.0 / (1.0 - config.dropout as f32);
+            let kept: Vec<Vec<f32>> = images
+                .iter()
+                .map(|_| {
+                    let kept = |_| if rng.random::<f64>() < config.dropout { 0.0 } else { kept_scale };
+                    (0..dim).map(kept).collect()
+                })
+                .collect();
+            let tokens = images
+                .par_iter()
+                .zip(&kept)
+                .map(|(&image, kept)| {
+                    let mut grid = scratch.get_grid(&grids[image])?;
+                    for token in grid.values.chunks_exact_mut(dim) {
+                        token.iter_mut().zip(kept).for_each(|(value, kept)| *value *= kept);
+                    }
+                    Ok(grid)
+                })
+                .collect::<Result<Vec<TokenGrid>, EvaluationError>>()?;
             let value = head.step(&images, &tokens, t, config, loss)?;
             if !value.is_finite() {
                 let learning_rate = config.learning_rate;

@@ -10,13 +10,13 @@
 //! - [`pca`]: principal components of tokens, for that and for pictures.
 
 mod bilinear;
-// pub mod boundary;
+pub mod boundary;
 pub mod depth;
 mod encoder;
-// pub mod foreground;
+pub mod foreground;
 mod head;
 pub mod pca;
-// pub mod propagation;
+pub mod propagation;
 mod scratch;
 pub mod segmentation;
 

@@ -5,6 +5,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::sync::Mutex;
 
 use half::f16;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use super::TokenGrid;
 use crate::EvaluationError;
@@ -57,16 +58,19 @@ impl Scratch {
     /// # Errors
     /// A number beyond ±65504, or the file system's.
     pub(crate) fn push_floats(&mut self, values: &[f32]) -> Result<Span, EvaluationError> {
-        let words: Vec<u16> = values.iter().map(|&value| f16::from_f32(value).to_bits()).collect();
-        if let Some(at) = words.iter().position(|&word| !f16::from_bits(word).is_finite()) {
+        let mut halves = vec![f16::ZERO; values.len()];
+        halves.convert_from_f32_slice(values);
+        if let Some(at) = halves.iter().position(|half| !half.is_finite()) {
             let message = format!("{} is out of the range of half precision", values[at]);
             return Err(EvaluationError::Scratch { message });
         }
-        self.push(&words)
+        self.push(halves.reinterpret_cast())
     }
 
     pub(crate) fn get_floats(&self, span: Span) -> Result<Vec<f32>, EvaluationError> {
-        Ok(self.get(span)?.into_iter().map(|word| f16::from_bits(word).to_f32()).collect())
+        let mut values = vec![0.0; span.words];
+        self.get(span)?.reinterpret_cast::<f16>().convert_to_f32_slice(&mut values);
+        Ok(values)
     }
 
     pub(crate) fn push_grid(&mut self, grid: &TokenGrid) -> Result<StoredGrid, EvaluationError> {

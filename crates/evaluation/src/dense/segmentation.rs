@@ -23,8 +23,19 @@ pub struct Classes {
     pub count: usize,
     /// The id of pixels that are neither trained on nor scored.
     pub void: u32,
-    /// Whether 0 means "no class" and classes begin at 1, as in ADE20K.
-    pub reduce_zero_label: bool,
+    /// How ids are read.
+    pub ids: Ids,
+}
+
+/// How the ids of a mask become classes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ids {
+    /// As they are.
+    Classes,
+    /// 0 is no class, and classes begin at 1, as in ADE20K.
+    FromOne,
+    /// 0 is ground, everything else is figure: two classes.
+    FigureGround,
 }
 
 impl Classes {
@@ -45,14 +56,17 @@ impl Classes {
         let wrong = |message: String| EvaluationError::Annotation { id: source.id(index), message };
         same_size(&mask, size).map_err(wrong)?;
         let mut labels: Vec<u32> = mask.values.into_iter().map(u32::from).collect();
-        if self.reduce_zero_label {
-            labels = reduce_zero_label(&labels, self.void);
+        match self.ids {
+            Ids::Classes => {}
+            Ids::FromOne => labels = reduce_zero_label(&labels, self.void),
+            Ids::FigureGround => labels.iter_mut().filter(|id| **id != self.void).for_each(|id| *id = (*id).min(1)),
         }
         let known = |label: u32| label == self.void || (label as usize) < self.count;
         if let Some(at) = labels.iter().position(|&label| !known(label)) {
             let (x, y) = (at % size.0 as usize, at / size.0 as usize);
-            let (count, void, id) = (self.count, self.void, labels[at] + u32::from(self.reduce_zero_label));
-            let few = if self.reduce_zero_label { " after 0, which is none" } else { "" };
+            let from_one = self.ids == Ids::FromOne;
+            let (count, void, id) = (self.count, self.void, labels[at] + u32::from(from_one));
+            let few = if from_one { " after 0, which is none" } else { "" };
             return Err(wrong(format!(
                 "the mask has id {id} at column {x}, row {y}; there are {count} classes{few}, and void is {void}\n\n\
                  hint: if {id} is void, say so with `--void {id}`; if it is a class, with `--classes`"
@@ -66,15 +80,16 @@ impl Classes {
     ///
     /// # Errors
     /// If there is no id but `void`.
-    pub fn count_in(source: &AnnotatedSource, void: u32, reduce_zero_label: bool) -> Result<usize, EvaluationError> {
+    pub fn count_in(source: &AnnotatedSource, void: u32, ids: Ids) -> Result<usize, EvaluationError> {
+        let skip_zero = ids == Ids::FromOne;
         let highest = (0..source.len())
             .into_par_iter()
             .filter_map(|index| {
-                let ids = source.mask(index).ok()?.values.into_iter().map(u32::from);
-                ids.filter(|&id| id != void && !(reduce_zero_label && id == 0)).max()
+                let values = source.mask(index).ok()?.values.into_iter().map(u32::from);
+                values.filter(|&id| id != void && !(skip_zero && id == 0)).max()
             })
             .max();
-        let count = highest.map(|id| id as usize + usize::from(!reduce_zero_label));
+        let count = highest.map(|id| id as usize + usize::from(!skip_zero));
         count.ok_or(EvaluationError::NoPixels { task: "segmentation" })
     }
 }
@@ -332,7 +347,7 @@ mod tests {
     use dinoxide_model::interpolation::{Filter, resize_tokens};
     use dinoxide_model::weights::host;
 
-    const CLASSES: Classes = Classes { count: 3, void: 7, reduce_zero_label: false };
+    const CLASSES: Classes = Classes { count: 3, void: 7, ids: Ids::Classes };
 
     #[test]
     fn the_loss_and_its_gradient_are_those_of_autodiff() {
@@ -411,7 +426,7 @@ mod tests {
     fn a_head_finds_rectangles_whole_and_by_windows() {
         let (_root, source) = rectangles();
         let classes =
-            Classes { count: Classes::count_in(&source, 7, false).unwrap(), void: 7, reduce_zero_label: false };
+            Classes { count: Classes::count_in(&source, 7, Ids::Classes).unwrap(), void: 7, ids: Ids::Classes };
         assert_eq!(classes.count, 2);
         let (backbone, device) = (backbone(), Device::flex());
         let mut seen = 0;
@@ -439,7 +454,7 @@ mod tests {
         let (root, source) = rectangles();
         std::fs::write(root.path().join("img/2.png"), "no image").unwrap();
         std::fs::write(root.path().join("mask/4.png"), "no mask").unwrap();
-        let classes = Classes { count: 2, void: 7, reduce_zero_label: false };
+        let classes = Classes { count: 2, void: 7, ids: Ids::Classes };
         let backbone = backbone();
         let encoder = Encoder::new(&backbone, &config(48), &Device::flex()).unwrap();
         let head_config = HeadConfig { iterations: 1, batch_size: 1, ..HeadConfig::default() };
@@ -458,7 +473,7 @@ mod tests {
         let encoder = Encoder::new(&backbone, &config(16), &device).unwrap();
         let pairing = Pairing { images: "synthetic:images=2,size=16".into(), ..Pairing::default() };
         let source = AnnotatedSource::open(&pairing, MapKind::Mask, &DecodeLimits::default()).unwrap();
-        let classes = Classes { count: 3, void: 255, reduce_zero_label: false };
+        let classes = Classes { count: 3, void: 255, ids: Ids::Classes };
         let config = HeadConfig { iterations: 1, batch_size: 1, ..HeadConfig::default() };
         let (head, _) = SegmentationHead::train(&encoder, &source, classes, &config, &mut |_, _, _| ()).unwrap();
         let (found, size) = dense_outputs(&head.head, &encoder, &image).unwrap();
@@ -490,10 +505,10 @@ mod tests {
         // Image 3 has ids 0 and 4.
         let message = CLASSES.read(&source, 3, (24, 16)).unwrap_err().to_string();
         assert!(message.contains("the mask has id 4 at column") && message.contains("3 classes"), "{message}");
-        let reduced = Classes { count: 12, void: 255, reduce_zero_label: true };
+        let reduced = Classes { count: 12, void: 255, ids: Ids::FromOne };
         let labels = reduced.read(&source, 3, (24, 16)).unwrap().unwrap();
         assert!(labels.contains(&3) && labels.contains(&255) && !labels.contains(&0));
-        assert_eq!(Classes::count_in(&source, 255, true).unwrap(), 12);
-        assert_eq!(Classes::count_in(&source, 12, false).unwrap(), 12);
+        assert_eq!(Classes::count_in(&source, 255, Ids::FromOne).unwrap(), 12);
+        assert_eq!(Classes::count_in(&source, 12, Ids::Classes).unwrap(), 12);
     }
 }
