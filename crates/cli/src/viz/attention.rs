@@ -53,7 +53,7 @@ pub(super) fn run_attention(args: &AttentionArgs) -> anyhow::Result<ExitCode> {
         row.push(Tile::new(heat(&mean, grid, range(&mean)), "mean of the heads"));
         for (number, head) in heads.iter().enumerate() {
             let on_patches = 100.0 * head.iter().sum::<f32>();
-            let caption = format!("head {number}, {on_patches:.0} % on patches");
+            let caption = format!("head {number}, {on_patches:.1} % on patches");
             row.push(Tile::new(heat(head, grid, range(head)), caption));
         }
         rows.push(row);
@@ -65,6 +65,7 @@ pub(super) fn run_attention(args: &AttentionArgs) -> anyhow::Result<ExitCode> {
             weights_note(&setup, &args.images.seen.weights)
         ),
         rows,
+        group: usize::MAX,
         legend: Vec::new(),
     };
     args.output.save(&sheet)
@@ -117,6 +118,7 @@ pub(super) fn run_norms(args: &NormArgs) -> anyhow::Result<ExitCode> {
             median(&all)
         ),
         rows,
+        group: 2,
         legend: Vec::new(),
     };
     args.output.save(&sheet)

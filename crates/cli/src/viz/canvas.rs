@@ -90,6 +90,8 @@ pub(crate) struct Sheet {
     pub(crate) title: String,
     pub(crate) note: String,
     pub(crate) rows: Vec<Vec<Tile>>,
+    /// Columns that belong together, with more room between them and the next.
+    pub(crate) group: usize,
     /// Colours and what they stand for.
     pub(crate) legend: Vec<(Rgb<u8>, String)>,
 }
@@ -107,7 +109,13 @@ impl Sheet {
             .collect();
         let heights: Vec<u32> =
             self.rows.iter().map(|row| row.iter().map(|tile| size(tile).1).max().unwrap_or(0) + small + GAP).collect();
-        let tiles = widths.iter().map(|width| width + GAP).sum::<u32>().saturating_sub(GAP);
+        // The room before a column.
+        let before = |column: usize| match column {
+            0 => 0,
+            _ if column.is_multiple_of(self.group) => 3 * GAP,
+            _ => GAP,
+        };
+        let tiles = widths.iter().enumerate().map(|(column, width)| before(column) + width).sum::<u32>();
         let titles = pen.width(&self.title, TEXT_PX * 1.25);
         let inner = tiles.max(titles.min(1600)).max(320);
         let note = wrapped(&pen, &self.note, SMALL_PX, inner);
@@ -125,7 +133,8 @@ impl Sheet {
         let mut y = top;
         for (row, height_of_row) in self.rows.iter().zip(&heights) {
             let mut x = MARGIN;
-            for (tile, width) in row.iter().zip(&widths) {
+            for (column, (tile, width)) in row.iter().zip(&widths).enumerate() {
+                x += before(column);
                 let (tile_width, tile_height) = size(tile);
                 let picture = enlarged(&tile.image, (tile_width, tile_height));
                 imageops::replace(&mut sheet, &picture, i64::from(x), i64::from(y));
@@ -134,7 +143,7 @@ impl Sheet {
                 }
                 let caption = pen.fitted(&tile.caption, SMALL_PX, *width);
                 pen.write(&mut sheet, (x, y + tile_height + 3), SMALL_PX, FAINT, &caption);
-                x += width + GAP;
+                x += width;
             }
             y += height_of_row;
         }
@@ -241,6 +250,7 @@ mod tests {
             title: "Title δ".into(),
             note: "words ".repeat(60),
             rows: vec![vec![tile(30, 20), tile(20, 30)], vec![tile(400, 10)]],
+            group: 1,
             legend: (0..9).map(|i| (Rgb([i, 0, 0]), format!("class {i}"))).collect(),
         };
         let drawn = sheet.draw(100).unwrap();

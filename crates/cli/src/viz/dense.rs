@@ -63,6 +63,7 @@ pub(super) fn run_segmentation(args: &SegmentationArgs) -> anyhow::Result<ExitCo
             trained.train_images
         ),
         rows,
+        group: usize::MAX,
         legend,
     };
     args.output.save(&sheet)
@@ -117,6 +118,7 @@ pub(super) fn run_depth(args: &DepthArgs) -> anyhow::Result<ExitCode> {
             range.1
         ),
         rows,
+        group: usize::MAX,
         legend: Vec::new(),
     };
     args.output.save(&sheet)

@@ -110,6 +110,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             features.rows()
         ),
         rows,
+        group: usize::MAX,
         legend,
     };
     args.output.save(&sheet)

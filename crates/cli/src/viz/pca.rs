@@ -101,6 +101,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             shares.join(", ")
         ),
         rows,
+        group: 2,
         legend: Vec::new(),
     };
     args.output.save(&sheet)
