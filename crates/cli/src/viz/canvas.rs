@@ -257,7 +257,9 @@ mod tests {
         let green = drawn.pixels().filter(|pixel| **pixel == Rgb([9, 200, 9])).count();
         // 150 x 100, 67 x 100, and 200 x 5, which is twice as wide as the tile is high.
         assert_eq!(green, 150 * 100 + 67 * 100 + 200 * 5);
-        assert!(drawn.pixels().filter(|pixel| **pixel == INK).count() > 50, "text is written");
+        let title = (0..40).flat_map(|y| (0..200).map(move |x| (x, y)));
+        let dark = title.filter(|&(x, y)| drawn.get_pixel(x, y)[0] < 128).count();
+        assert!(dark > 50, "the title has {dark} dark pixels");
     }
 
     #[test]
