@@ -11,6 +11,7 @@ mod recipes;
 mod table;
 mod terminal;
 mod train;
+mod viz;
 
 use std::process::ExitCode;
 
@@ -39,6 +40,9 @@ enum Command {
     Eval(eval::Command),
     /// Write the features of images: CLS, mean, patch and register tokens, as safetensors.
     Embed(embed::Args),
+    /// Draw what a backbone sees: components, attention, norms, neighbours, segmentation, depth.
+    #[command(subcommand)]
+    Viz(viz::Command),
     /// Show what weights hold: architecture, origin, parameters, whether they are whole.
     Inspect(inspect::Args),
     /// Write a backbone for another library: Hugging Face, the DINO repositories, timm, ONNX.
@@ -84,6 +88,7 @@ fn main() -> ExitCode {
         Command::Cache(args) => cache::run(&args),
         Command::Eval(command) => eval::run(&command),
         Command::Embed(args) => embed::run(&args),
+        Command::Viz(command) => viz::run(&command),
         Command::Inspect(args) => inspect::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Recipes(args) => recipes::run(&args),

@@ -15,6 +15,47 @@ pub enum EvaluationError {
         /// Why.
         message: String,
     },
+    /// An image whose mask or depth map does not fit.
+    #[error("`{id}`: {message}")]
+    Annotation {
+        /// The image.
+        id: String,
+        /// What is wrong, with what to do.
+        message: String,
+    },
+    /// Depth maps without a single depth that counts.
+    #[error(
+        "depth: none of the {maps} depth map(s) has a depth between {min} and {max} m; the largest is {largest} m\n\n\
+         hint: 0 is read as missing; `--depth-scale` says how many metres a value of 1 is (0.001 for millimetres)"
+    )]
+    NoDepth {
+        /// How many maps.
+        maps: usize,
+        /// The largest depth, in metres.
+        largest: f32,
+        /// The least that counts.
+        min: f32,
+        /// The greatest that counts.
+        max: f32,
+    },
+    /// The temporary file failed.
+    #[error("temporary file: {message}\n\nhint: the environment variable `TMPDIR` names the folder that it is in")]
+    Scratch {
+        /// The system's words.
+        message: String,
+    },
+    /// A head whose loss is not finite.
+    #[error(
+        "{task}: the loss is not finite at iteration {iteration}\n\nhint: lower the learning rate, {learning_rate:e}"
+    )]
+    HeadDiverged {
+        /// The evaluation.
+        task: &'static str,
+        /// The iteration.
+        iteration: usize,
+        /// The highest learning rate.
+        learning_rate: f64,
+    },
     /// Nothing to extract features from.
     #[error("features: none of the {} image(s) can be read{}", rejected.len(), first_of(rejected))]
     NothingReadable {

@@ -12,11 +12,13 @@
 //! - [`mod@kmeans`], [`mod@clustering`]: clusters without labels, and how they agree with classes.
 //! - [`bootstrap`]: confidence intervals of all of these.
 //! - [`mod@spectrum`]: effective rank and other signs of collapse, no labels.
+//! - [`dense`]: segmentation, depth, video and figure/ground from patch tokens.
 //! - [`segmentation`], [`depth`]: the arithmetic of the dense-prediction metrics.
 
 pub mod accuracy;
 pub mod bootstrap;
 pub mod clustering;
+pub mod dense;
 pub mod depth;
 pub mod error;
 pub mod extract;

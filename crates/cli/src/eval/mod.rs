@@ -3,11 +3,16 @@
 mod clustering;
 pub(crate) mod common;
 mod compare;
+pub(crate) mod dense;
+pub(crate) mod depth;
+mod foreground;
 mod knn;
 mod linear;
 mod logistic;
 mod retrieval;
+pub(crate) mod segmentation;
 mod suite;
+mod video;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -35,6 +40,14 @@ pub(crate) enum Command {
     Suite(suite::Args),
     /// Two results side by side, if they were measured alike
     Compare(compare::Args),
+    /// Semantic segmentation by a linear head on patch tokens: mIoU on folders of images and masks
+    Segmentation(segmentation::Args),
+    /// Depth by a linear head on patch tokens: RMSE, AbsRel and δ on folders of images and depth maps
+    Depth(depth::Args),
+    /// Masks of a first frame carried through videos by patch tokens: J, F and J&F
+    Video(video::Args),
+    /// Figure and ground by a linear classifier, by attention and by the first principal component
+    Foreground(foreground::Args),
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
@@ -46,10 +59,14 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Clustering(measurement) => measurement.run(),
         Command::Suite(args) => suite::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::Segmentation(args) => segmentation::run(args),
+        Command::Depth(args) => depth::run(args),
+        Command::Video(args) => video::run(args),
+        Command::Foreground(args) => foreground::run(args),
     }
 }
 
-/// Prints a result, and writes it where asked.
+/// Prints a result as text or JSON, and writes it to `output`, if given.
 fn deliver_to(output: Option<&Path>, json: bool, result: &impl Serialize, text: &str) -> anyhow::Result<ExitCode> {
     let pretty = serde_json::to_string_pretty(result)?;
     if let Some(path) = output {

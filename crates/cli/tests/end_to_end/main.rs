@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod convnext;
+mod dense;
 mod distillation;
 mod embed;
 mod eval;
