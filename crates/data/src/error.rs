@@ -84,6 +84,14 @@ pub enum DataError {
         /// What may stand there.
         expected: &'static str,
     },
+    /// A pattern that selects images by name.
+    #[error("data: pattern `{pattern}`: {reason}")]
+    Pattern {
+        /// The pattern as given.
+        pattern: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Images and maps of which no two belong together.
     #[error(
         "data: `{}`: {images} image(s) and {maps} {noun}(s), no name in common\n\n\
@@ -168,6 +176,7 @@ impl DataError {
             | Self::NoImages { .. }
             | Self::UnknownKey { .. }
             | Self::BadSpec { .. }
+            | Self::Pattern { .. }
             | Self::NoPairs { .. }
             | Self::ListedButMissing { .. }
             | Self::Config { .. } => true,

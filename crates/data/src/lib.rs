@@ -19,6 +19,7 @@ mod integer_map;
 mod loader;
 mod order;
 mod source;
+mod subset;
 mod synthetic;
 
 pub use annotated::{AnnotatedSource, MapKind, Pairing};
@@ -31,6 +32,7 @@ pub use integer_map::{IntegerMap, decode_integer_map, read_integer_map};
 pub use loader::{Loader, LoaderError};
 pub use order::SampleOrder;
 pub use source::{GroundTruth, Source, open};
+pub use subset::Subset;
 pub use synthetic::{Split, SyntheticConfig, SyntheticSource};
 
 #[cfg(test)]

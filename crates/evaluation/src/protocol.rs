@@ -4,7 +4,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{dense::propagation::PropagationConfig, knn::KnnConfig, linear::LinearConfig, logistic::LogisticConfig};
+use crate::{
+    dense::propagation::PropagationConfig, kmeans::KMeansConfig, knn::KnnConfig, linear::LinearConfig,
+    logistic::LogisticConfig, retrieval::RetrievalConfig,
+};
 
 /// Where a feature vector comes from in the backbone's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +57,12 @@ pub enum Method {
     Linear(LinearConfig),
     /// Multinomial logistic regression.
     Logistic(LogisticConfig),
+    /// Rankings of a gallery by similarity.
+    Retrieval(RetrievalConfig),
+    /// Rankings with easy, hard and junk images.
+    Revisited,
+    /// k-means, compared with classes.
+    Clustering(KMeansConfig),
     /// Effective rank and signs of collapse.
     Spectrum {
         /// Whether the mean feature was subtracted before the singular values were taken.
@@ -165,6 +174,9 @@ mod tests {
             (Method::Knn(KnnConfig::default()), "knn"),
             (Method::Linear(LinearConfig::default()), "linear"),
             (Method::Logistic(LogisticConfig::default()), "logistic"),
+            (Method::Retrieval(RetrievalConfig::default()), "retrieval"),
+            (Method::Revisited, "revisited"),
+            (Method::Clustering(KMeansConfig::default()), "clustering"),
             (Method::Spectrum { centered: true }, "spectrum"),
             (
                 Method::Segmentation { head: "linear".into(), ignored: 255, inference: "whole image".into() },
@@ -182,7 +194,7 @@ mod tests {
                 "foreground",
             ),
         ];
-        assert_eq!(methods.len(), 8);
+        assert_eq!(methods.len(), 11);
         for (method, task) in methods {
             let protocol = Protocol::new(method, vec![test_source()], Some(70), 30, Some(5));
             let json = serde_json::to_value(&protocol).unwrap();

@@ -213,7 +213,8 @@ impl AdamW {
             if factor != 1.0 {
                 gradient = gradient * factor;
             }
-            let lr = if frozen { 0.0 } else { at.lr * group.lr_multiplier };
+            let still = frozen || (at.backbone_frozen && split(name).0 == "backbone");
+            let lr = if still { 0.0 } else { at.lr * group.lr_multiplier };
             state.steps += 1;
             let zeros = Tensor::zeros([1], &weight.device());
             let m = std::mem::replace(&mut state.m, zeros.clone());

@@ -1,12 +1,17 @@
 //! `dinoxide eval`: frozen-feature evaluations of a weight file, each in a file of its own.
 
-mod common;
+mod clustering;
+pub(crate) mod common;
+mod compare;
 pub(crate) mod dense;
 pub(crate) mod depth;
 mod foreground;
 mod knn;
 mod linear;
+mod logistic;
+mod retrieval;
 pub(crate) mod segmentation;
+mod suite;
 mod video;
 
 use std::path::Path;
@@ -15,16 +20,26 @@ use std::process::ExitCode;
 use dinoxide_model::weights::write_atomically;
 use serde::Serialize;
 
-use self::common::Common;
+use self::common::Measurement;
 use crate::{Usage, terminal};
 
 /// The evaluations. Each reads the architecture from the weight file.
 #[derive(clap::Subcommand)]
 pub(crate) enum Command {
-    /// Weighted k-nearest neighbours on CLS tokens
-    Knn(knn::Args),
+    /// Weighted k-nearest neighbours on CLS tokens; also with a few train images of each class
+    Knn(Measurement<knn::Task>),
     /// Linear classifiers on CLS and mean patch tokens, for a grid of learning rates and layers at once
-    Linear(linear::Args),
+    Linear(Measurement<linear::Task>),
+    /// Logistic regression on CLS tokens, to convergence, for a grid of penalties
+    Logistic(Measurement<logistic::Task>),
+    /// Images of the same class or instance found by similarity: mAP, recall; landmarks of revisited Oxford and Paris
+    Retrieval(Measurement<retrieval::Task>),
+    /// k-means on CLS tokens, compared with the classes
+    Clustering(Measurement<clustering::Task>),
+    /// Several evaluations from a file, with one pass for the features, in one table
+    Suite(suite::Args),
+    /// Two results side by side, if they were measured alike
+    Compare(compare::Args),
     /// Semantic segmentation by a linear head on patch tokens: mIoU on folders of images and masks
     Segmentation(segmentation::Args),
     /// Depth by a linear head on patch tokens: RMSE, AbsRel and δ on folders of images and depth maps
@@ -37,18 +52,18 @@ pub(crate) enum Command {
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Knn(args) => knn::run(args),
-        Command::Linear(args) => linear::run(args),
+        Command::Knn(measurement) => measurement.run(),
+        Command::Linear(measurement) => measurement.run(),
+        Command::Logistic(measurement) => measurement.run(),
+        Command::Retrieval(measurement) => measurement.run(),
+        Command::Clustering(measurement) => measurement.run(),
+        Command::Suite(args) => suite::run(args),
+        Command::Compare(args) => compare::run(args),
         Command::Segmentation(args) => segmentation::run(args),
         Command::Depth(args) => depth::run(args),
         Command::Video(args) => video::run(args),
         Command::Foreground(args) => foreground::run(args),
     }
-}
-
-/// Prints a result, and writes it where asked.
-fn deliver(common: &Common, result: &impl Serialize, text: &str) -> anyhow::Result<ExitCode> {
-    deliver_to(common.output.as_deref(), common.json, result, text)
 }
 
 /// Prints a result as text or JSON, and writes it to `output`, if given.
@@ -61,9 +76,16 @@ fn deliver_to(output: Option<&Path>, json: bool, result: &impl Serialize, text: 
     Ok(ExitCode::SUCCESS)
 }
 
-fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+/// Refuses a path at which no file can be written, before anything is measured.
+pub(crate) fn check_writable(path: &Path) -> anyhow::Result<()> {
+    let refuse = |path: &Path, why: &str| Err(Usage(anyhow::anyhow!("{}: {why}", path.display())).into());
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if path.is_dir() {
-        return Err(Usage(anyhow::anyhow!("{}: is a folder, not a file to write", path.display())).into());
+        return refuse(path, "is a folder, not a file to write");
     }
+    if folder.is_dir() { Ok(()) } else { refuse(folder, "no such folder to write to") }
+}
+
+fn write(path: &Path, text: &str) -> anyhow::Result<()> {
     write_atomically(path, text.as_bytes()).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }

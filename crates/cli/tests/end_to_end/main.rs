@@ -3,7 +3,11 @@
 mod bad_input;
 mod convnext;
 mod dense;
+mod distillation;
+mod embed;
 mod eval;
+mod protocols;
 mod resume;
+mod stages;
 mod support;
 mod train;
