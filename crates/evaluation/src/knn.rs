@@ -104,13 +104,16 @@ pub fn knn(
     Ok(Report { protocol, scores: KnnScores { by_k, few_shot, predictions } })
 }
 
-/// For every val sample and each `k`, the predicted class and the rank of the true one. The settings have been checked.
+/// The predicted class, and the rank of the true one unless it has no vote.
+pub(crate) type Judgment = (u32, Option<usize>);
+
+/// The judgment of every val sample for each `k`. The settings have been checked.
 pub(crate) fn outcomes(
     train: &LabeledFeatures,
     val: &LabeledFeatures,
     config: &KnnConfig,
     device: &Device,
-) -> Result<Vec<Vec<(u32, Option<usize>)>>, EvaluationError> {
+) -> Result<Vec<Vec<Judgment>>, EvaluationError> {
     search(train.features(), val.features(), config.searched(), device, |row, neighbors| {
         let label = val.labels()[row] as usize;
         let mut outcome = Vec::with_capacity(config.k.len());
@@ -196,8 +199,7 @@ fn for_each_k(neighbors: &[Neighbor], train: &LabeledFeatures, config: &KnnConfi
     }
 }
 
-/// The predicted class, and the rank of the true one unless it has no vote.
-fn judge(scores: &[f64], label: usize) -> (u32, Option<usize>) {
+fn judge(scores: &[f64], label: usize) -> Judgment {
     let best = (1..scores.len()).fold(0, |best, class| if scores[class] > scores[best] { class } else { best });
     let voted = scores[label] > 0.0;
     (best as u32, voted.then(|| rank(scores, label)).flatten())
