@@ -60,6 +60,13 @@ pub(crate) struct Delivery {
     pub(crate) json: bool,
 }
 
+impl Delivery {
+    /// That the result can be written, before anything is measured.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        self.output.as_deref().map_or(Ok(()), super::check_writable)
+    }
+}
+
 /// Two sets of images with a mask or depth map each.
 #[derive(clap::Args)]
 pub(crate) struct PairArgs {

@@ -127,6 +127,7 @@ impl Task {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    args.delivery.check()?;
     let mut trained = args.task.train()?;
     let mut log = crate::terminal::Log::new(None)?;
     let images = DepthImages { source: &trained.val, scale: trained.scale };

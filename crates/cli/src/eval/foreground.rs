@@ -33,6 +33,7 @@ pub(crate) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    args.delivery.check()?;
     let config = args.head.config("foreground", HeadConfig::default())?;
     let mut setup = DenseSetup::windowed(&args.common)?;
     let train = args.pairs.open_train(MapKind::Mask, &mut setup.log)?;

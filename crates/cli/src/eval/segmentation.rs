@@ -93,6 +93,7 @@ impl Task {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    args.delivery.check()?;
     let mut trained = args.task.train()?;
     let val = &trained.val;
     let mut log = crate::terminal::Log::new(None)?;

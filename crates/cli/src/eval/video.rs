@@ -57,6 +57,7 @@ struct Scored {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    args.delivery.check()?;
     let config = PropagationConfig {
         context: args.context,
         radius: args.radius,

@@ -2,6 +2,7 @@
 
 use ab_glyph::{Font, FontRef, PxScale, ScaleFont};
 use anyhow::Context;
+use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::{Rgb, RgbImage, imageops};
 
 use crate::Usage;
@@ -178,10 +179,10 @@ impl Sheet {
 
     /// Draws it into a PNG file, which is there whole or not at all.
     pub(crate) fn save(&self, height: u32, path: &std::path::Path) -> anyhow::Result<()> {
-        let mut bytes = std::io::Cursor::new(Vec::new());
-        self.draw(height)?.write_to(&mut bytes, image::ImageFormat::Png)?;
-        dinoxide_model::weights::write_atomically(path, bytes.get_ref())
-            .map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
+        let mut bytes = Vec::new();
+        let encoder = PngEncoder::new_with_quality(&mut bytes, CompressionType::Best, FilterType::Adaptive);
+        self.draw(height)?.write_with_encoder(encoder)?;
+        dinoxide_model::weights::write_atomically(path, &bytes).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
     }
 }
 

@@ -90,6 +90,7 @@ pub(super) fn run_depth(args: &DepthArgs) -> anyhow::Result<ExitCode> {
     anyhow::ensure!(!known.is_empty(), "none of the images has a known depth");
     known.sort_by(f32::total_cmp);
     let range = (known[0], known[(known.len() - 1) * 99 / 100]);
+    let scale = range.1 / 4.0;
     let mut rows = Vec::new();
     for (name, image, truth, predicted) in found {
         let error: Vec<f32> =
@@ -97,21 +98,21 @@ pub(super) fn run_depth(args: &DepthArgs) -> anyhow::Result<ExitCode> {
         let of_known = truth.iter().filter(|t| **t > 0.0).count().max(1);
         let mean = error.iter().sum::<f32>() / of_known as f32;
         let (width, height) = image.dimensions();
-        let scale = range.1 / 4.0;
         rows.push(vec![
             Tile::new(image, name),
             Tile::new(distance(&truth, width, range), "measured"),
             Tile::new(distance(&predicted, width, range), "the head"),
             Tile::new(
                 heat(&error, (height as usize, width as usize), (0.0, scale)),
-                format!("error, mean {mean:.2} m; brightest from {scale:.1} m"),
+                format!("error, mean {mean:.2} m"),
             ),
         ]);
     }
     let sheet = Sheet {
         title: "Depth by a linear head on patch tokens".into(),
         note: format!(
-            "{}. Head trained on {} images. From {:.1} m (red) to {:.1} m (blue); gray is not measured.",
+            "{}. Head trained on {} images. From {:.1} m (red) to {:.1} m (blue); gray is not measured. \
+             Errors from 0 (dark) to {scale:.1} m (bright).",
             weights_note(&trained.setup, &args.task.common.seen.weights),
             trained.train_images,
             range.0,

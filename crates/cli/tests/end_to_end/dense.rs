@@ -90,6 +90,7 @@ fn masks_that_do_not_fit_are_refused_by_name() {
         .failed(2, &["18 px is not a multiple of the patch size 4", "hint: 16"]);
     bad(&[&["--val", "good", "--layers", "7"]]).failed(2, &["the last 7 blocks"]);
     bad(&[&["--val", "good", "--learning-rate", "0"]]).failed(2, &["`learning_rate` is 0"]);
+    bad(&[&["--val", "good", "--output", "nowhere/a.json"]]).failed(2, &["nowhere: no such folder to write to"]);
     place.write("names.txt", "ground\n");
     bad(&[&["--val", "good", "--class-names", "names.txt"]]).failed(2, &["names.txt: 1 names for 2 classes"]);
     place.write("list.txt", "0\n5\n");

@@ -449,16 +449,15 @@ mod tests {
             let (loss, gradients) = batch_loss(&parts, &scratch, &stored, output, RANGE).unwrap();
             let wide: Vec<Vec<f64>> = values.iter().map(|v| v.iter().map(|&v| f64::from(v)).collect()).collect();
             assert!((loss - naive(&wide, &grids, &truth, &sizes, bins)).abs() < 1e-5);
-            for image in 0..2 {
-                for i in 0..values[image].len() {
+            for (image, gradient) in gradients.iter().enumerate() {
+                for (i, &found) in gradient.iter().enumerate() {
                     let moved = |by: f64| {
                         let mut wide = wide.clone();
                         wide[image][i] += by;
                         naive(&wide, &grids, &truth, &sizes, bins)
                     };
                     let expected = (moved(1e-5) - moved(-1e-5)) / 2e-5;
-                    let found = f64::from(gradients[image][i]);
-                    assert!((found - expected).abs() < 1e-5, "{output:?} {image} {i}: {found} {expected}");
+                    assert!((f64::from(found) - expected).abs() < 1e-5, "{output:?} {image} {i}: {found} {expected}");
                     cases += 1;
                 }
             }

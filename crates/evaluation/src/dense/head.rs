@@ -154,6 +154,9 @@ pub(crate) struct Outputs<'a> {
     pub(crate) values: &'a [f32],
 }
 
+/// The loss of a batch of outputs, and its gradient with respect to the outputs of each image.
+pub(crate) type BatchLoss<'a> = dyn Fn(&[Outputs<'_>]) -> Result<(f64, Vec<Vec<f32>>), EvaluationError> + 'a;
+
 impl LinearHead {
     fn new(dim: usize, channels: usize, seed: u64, device: &Device) -> Self {
         let mut rng = stream(seed, Purpose::Evaluation, draws::HEAD_INIT, 0);
@@ -182,7 +185,7 @@ impl LinearHead {
         channels: usize,
         config: &HeadConfig,
         device: &Device,
-        loss: &dyn Fn(&[Outputs<'_>]) -> Result<(f64, Vec<Vec<f32>>), EvaluationError>,
+        loss: &BatchLoss<'_>,
         progress: &mut dyn FnMut(usize, f64),
     ) -> Result<Self, EvaluationError> {
         config.check(task)?;
@@ -227,7 +230,7 @@ impl LinearHead {
         tokens: &[TokenGrid],
         t: usize,
         config: &HeadConfig,
-        loss: &dyn Fn(&[Outputs<'_>]) -> Result<(f64, Vec<Vec<f32>>), EvaluationError>,
+        loss: &BatchLoss<'_>,
     ) -> Result<f64, EvaluationError> {
         let dim = tokens[0].dim;
         let channels = self.bias.value.dims()[1];

@@ -172,9 +172,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     let (a_whole, a_rest) = a.as_chunks::<16>();
     let (b_whole, b_rest) = b.as_chunks::<16>();
     for (a, b) in a_whole.iter().zip(b_whole) {
-        for lane in 0..16 {
-            lanes[lane] += a[lane] * b[lane];
-        }
+        lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(lane, (a, b))| *lane += a * b);
     }
     lanes.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
 }
