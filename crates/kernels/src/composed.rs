@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, activation, module, ops::ConvOptions};
 
-use crate::RopeTable;
+use crate::{AdamW, Normalization, Projection, RopeTable};
 
 /// See [`crate::linear`].
 pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
@@ -59,10 +59,61 @@ pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>
     out.permute([0, 2, 1, 3]).reshape([batch, tokens, width])
 }
 
+/// See [`crate::attention`].
+pub fn attention(
+    x: Tensor<3>,
+    norm: Normalization,
+    qkv: Projection,
+    num_heads: usize,
+    rope: Option<&RopeTable>,
+    out: Projection,
+    gamma: Option<Tensor<1>>,
+) -> Tensor<3> {
+    let [batch, tokens, width] = x.dims();
+    let x = x.reshape([batch * tokens, width]);
+    let normalized = layer_norm(x.clone(), norm.weight, norm.bias, norm.eps);
+    let qkv = linear(normalized, qkv.weight, qkv.bias).reshape([batch, tokens, 3 * width]);
+    let heads = self_attention(qkv, num_heads, rope).reshape([batch * tokens, width]);
+    residual(x, linear(heads, out.weight, out.bias), gamma).reshape([batch, tokens, width])
+}
+
+/// See [`crate::feed_forward`].
+pub fn feed_forward(
+    x: Tensor<2>,
+    norm: Normalization,
+    hidden: Projection,
+    out: Projection,
+    gamma: Option<Tensor<1>>,
+) -> Tensor<2> {
+    let normalized = layer_norm(x.clone(), norm.weight, norm.bias, norm.eps);
+    let activated = gelu(linear(normalized, hidden.weight, hidden.bias));
+    residual(x, linear(activated, out.weight, out.bias), gamma)
+}
+
 /// `x·cos + rotate_half(x)·sin`, where `rotate_half([a, b]) = [−b, a]` on the two halves of a head.
 fn rotate(x: Tensor<4>, table: &RopeTable) -> Tensor<4> {
     let half = x.dims()[3] / 2;
     let mut halves = x.clone().split(half, 3).into_iter();
     let (a, b) = (halves.next().expect("two halves"), halves.next().expect("two halves"));
     x * table.cos.clone().unsqueeze() + Tensor::cat(vec![b.neg(), a], 3) * table.sin.clone().unsqueeze()
+}
+
+/// See [`crate::adamw`].
+pub fn adamw(weight: Tensor<1>, gradient: Tensor<1>, m: Tensor<1>, v: Tensor<1>, step: AdamW) -> [Tensor<1>; 3] {
+    let gradient = gradient * step.gradient_factor;
+    let m = m * step.beta1 + gradient.clone() * (1.0 - step.beta1);
+    let v = v * step.beta2 + gradient.powi_scalar(2) * (1.0 - step.beta2);
+    let root = v.clone().sqrt() / step.correction2.sqrt() + step.eps;
+    let weight = weight * step.decay - m.clone() / root * (step.lr / step.correction1);
+    [weight, m, v]
+}
+
+/// See [`crate::running_mean`].
+pub fn running_mean(mean: Tensor<1>, value: Tensor<1>, momentum: f64) -> Tensor<1> {
+    mean * momentum + value * (1.0 - momentum)
+}
+
+/// See [`crate::sum_of_squares`].
+pub fn sum_of_squares(x: &Tensor<1>) -> Tensor<1> {
+    x.clone().powi_scalar(2).sum()
 }

@@ -14,7 +14,10 @@ mod flex;
 use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
-use flex::{Attention, DepthwiseConv, FlexKernels, Gelu, LayerNorm, Linear, Residual, RotaryAttention};
+use flex::{
+    Attention, AttentionBranch, DepthwiseConv, FeedForward, FlexKernels, FlexUpdates, Gelu, LayerNorm, Linear,
+    Residual, RotaryAttention, RotaryAttentionBranch,
+};
 
 /// Cosine and sine tables of a rotary position embedding, one row per token.
 ///
@@ -111,4 +114,151 @@ pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>
         }
         None => Dispatch::unary(qkv, Attention { num_heads }),
     })
+}
+
+/// The layer norm at the beginning of a residual branch: gain and offset `[D]`, and what is added to the variance.
+#[derive(Clone, Debug)]
+pub struct Normalization {
+    /// Gain.
+    pub weight: Tensor<1>,
+    /// Offset.
+    pub bias: Tensor<1>,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+/// A linear layer of a residual branch: weight `[out, in]`, bias `[out]`.
+#[derive(Clone, Debug)]
+pub struct Projection {
+    /// As PyTorch lays it out.
+    pub weight: Tensor<2>,
+    /// None is a bias of zero.
+    pub bias: Option<Tensor<1>>,
+}
+
+impl Projection {
+    /// Weight and bias as the fused operations take them.
+    fn tensors(self) -> (Tensor<2>, Tensor<1>) {
+        let out = self.weight.dims()[0];
+        let bias = self.bias.unwrap_or_else(|| Tensor::zeros([out], &self.weight.device()));
+        (self.weight, bias)
+    }
+}
+
+/// The attention branch of a pre-norm transformer block, with its residual connection:
+/// `x + gamma·out(self_attention(qkv(layer_norm(x))))`.
+///
+/// # Shapes
+/// `x [B, N, D]`, `qkv [3·D, D]` packed as in [`self_attention`], `out [D, D]`, `gamma [D]` → `[B, N, D]`.
+pub fn attention(
+    x: Tensor<3>,
+    norm: Normalization,
+    qkv: Projection,
+    num_heads: usize,
+    rope: Option<&RopeTable>,
+    out: Projection,
+    gamma: Option<Tensor<1>>,
+) -> Tensor<3> {
+    if !flex::supports(&x.device(), x.dtype()) {
+        return composed::attention(x, norm, qkv, num_heads, rope, out, gamma);
+    }
+    let gamma = gamma.unwrap_or_else(|| Tensor::ones([x.dims()[2]], &x.device()));
+    let ((qkv, qkv_bias), (out, out_bias)) = (qkv.tensors(), out.tensors());
+    let branch = AttentionBranch { num_heads, eps: norm.eps };
+    let (a, b, c) = (x.into_dispatch(), norm.weight.into_dispatch(), norm.bias.into_dispatch());
+    let (d, e, f, g) = (qkv.into_dispatch(), qkv_bias.into_dispatch(), out.into_dispatch(), out_bias.into_dispatch());
+    let h = gamma.into_dispatch();
+    Tensor::from_dispatch(match rope {
+        Some(RopeTable { cos, sin }) => {
+            let (i, j) = (cos.clone().into_dispatch(), sin.clone().into_dispatch());
+            Dispatch::denary(a, b, c, d, e, f, g, h, i, j, RotaryAttentionBranch(branch))
+        }
+        None => Dispatch::octonary(a, b, c, d, e, f, g, h, branch),
+    })
+}
+
+/// The feed-forward branch of a pre-norm transformer block, with its residual connection:
+/// `x + gamma·out(gelu(hidden(layer_norm(x))))`.
+///
+/// # Shapes
+/// `x [M, D]`, `hidden [F, D]`, `out [D, F]`, `gamma [D]` → `[M, D]`.
+pub fn feed_forward(
+    x: Tensor<2>,
+    norm: Normalization,
+    hidden: Projection,
+    out: Projection,
+    gamma: Option<Tensor<1>>,
+) -> Tensor<2> {
+    if !flex::supports(&x.device(), x.dtype()) {
+        return composed::feed_forward(x, norm, hidden, out, gamma);
+    }
+    let gamma = gamma.unwrap_or_else(|| Tensor::ones([x.dims()[1]], &x.device()));
+    let ((hidden, hidden_bias), (out, out_bias)) = (hidden.tensors(), out.tensors());
+    Tensor::from_dispatch(Dispatch::octonary(
+        x.into_dispatch(),
+        norm.weight.into_dispatch(),
+        norm.bias.into_dispatch(),
+        hidden.into_dispatch(),
+        hidden_bias.into_dispatch(),
+        out.into_dispatch(),
+        out_bias.into_dispatch(),
+        gamma.into_dispatch(),
+        FeedForward { eps: norm.eps },
+    ))
+}
+
+/// The numbers of one step of AdamW (Loshchilov & Hutter 2019, algorithm 2).
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    /// Factor of the gradient, from clipping.
+    pub gradient_factor: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Factor of the weight: one minus learning rate times weight decay.
+    pub decay: f64,
+    /// `1 − beta1^t` after `t` steps.
+    pub correction1: f64,
+    /// `1 − beta2^t` after `t` steps.
+    pub correction2: f64,
+}
+
+/// A step of AdamW: the new weight and both new moments, with `g` the gradient times its factor,
+/// `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`, `w ← decay·w − lr·(m/c₁)/(√(v/c₂) + eps)`.
+///
+/// In the memory of weight and moments where nothing else sees it.
+///
+/// # Shapes
+/// All `[P]`, plain.
+pub fn adamw(weight: Tensor<1>, gradient: Tensor<1>, m: Tensor<1>, v: Tensor<1>, step: AdamW) -> [Tensor<1>; 3] {
+    if !flex::updates(&weight.device(), weight.dtype()) {
+        return composed::adamw(weight, gradient, m, v, step);
+    }
+    let [weight, gradient, m, v] = [weight, gradient, m, v].map(Tensor::into_dispatch);
+    let (weight, m, v) = Dispatch::adamw(weight, gradient, m, v, step);
+    [weight, m, v].map(Tensor::from_dispatch)
+}
+
+/// `momentum·mean + (1 − momentum)·value`, in the memory of the mean where nothing else sees it.
+///
+/// # Shapes
+/// All `[P]`, plain.
+pub fn running_mean(mean: Tensor<1>, value: Tensor<1>, momentum: f64) -> Tensor<1> {
+    if !flex::updates(&mean.device(), mean.dtype()) {
+        return composed::running_mean(mean, value, momentum);
+    }
+    Tensor::from_dispatch(Dispatch::running_mean(mean.into_dispatch(), value.into_dispatch(), momentum))
+}
+
+/// `Σ xᵢ²`, `[1]`, of a plain tensor.
+pub fn sum_of_squares(x: &Tensor<1>) -> Tensor<1> {
+    if !flex::updates(&x.device(), x.dtype()) {
+        return composed::sum_of_squares(x);
+    }
+    Tensor::from_dispatch(Dispatch::sum_of_squares(x.clone().into_dispatch()))
 }

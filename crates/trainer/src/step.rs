@@ -247,8 +247,11 @@ pub fn train_step(
     let norms = state.optimizer.norms(&gradients);
     require_finite(state, batch, config, &losses, &norms, &at)?;
 
-    state.student = state.optimizer.step(state.student.clone(), gradients, &norms, &at);
-    state.teacher = ema(state.teacher.clone(), &state.student, at.teacher_momentum);
+    // Each network is handed over while the other holds its place, so that it can be changed in its own memory.
+    let student = std::mem::replace(&mut state.student, state.teacher.clone());
+    state.student = state.optimizer.step(student, gradients, &norms, &at);
+    let teacher = std::mem::replace(&mut state.teacher, state.student.clone());
+    state.teacher = ema(teacher, &state.student, at.teacher_momentum);
     update_centers(state, &logits, &parts, config);
     state.step = at.step + 1;
     Ok(StepReport { losses, gradient_norms: norms, target_entropy, at })
