@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, activation, module, ops::ConvOptions};
 
-use crate::{AdamW, Normalization, Projection, RopeTable};
+use crate::{AdamW, Branch, LEAST_MASS, RopeTable};
 
 /// See [`crate::linear`].
 pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
@@ -60,34 +60,22 @@ pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>
 }
 
 /// See [`crate::attention`].
-pub fn attention(
-    x: Tensor<3>,
-    norm: Normalization,
-    qkv: Projection,
-    num_heads: usize,
-    rope: Option<&RopeTable>,
-    out: Projection,
-    gamma: Option<Tensor<1>>,
-) -> Tensor<3> {
+pub fn attention(x: Tensor<3>, branch: Branch, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
+    let Branch { norm, first, last, gamma, recompute: _ } = branch;
     let [batch, tokens, width] = x.dims();
     let x = x.reshape([batch * tokens, width]);
     let normalized = layer_norm(x.clone(), norm.weight, norm.bias, norm.eps);
-    let qkv = linear(normalized, qkv.weight, qkv.bias).reshape([batch, tokens, 3 * width]);
+    let qkv = linear(normalized, first.weight, first.bias).reshape([batch, tokens, 3 * width]);
     let heads = self_attention(qkv, num_heads, rope).reshape([batch * tokens, width]);
-    residual(x, linear(heads, out.weight, out.bias), gamma).reshape([batch, tokens, width])
+    residual(x, linear(heads, last.weight, last.bias), gamma).reshape([batch, tokens, width])
 }
 
 /// See [`crate::feed_forward`].
-pub fn feed_forward(
-    x: Tensor<2>,
-    norm: Normalization,
-    hidden: Projection,
-    out: Projection,
-    gamma: Option<Tensor<1>>,
-) -> Tensor<2> {
+pub fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
+    let Branch { norm, first, last, gamma, recompute: _ } = branch;
     let normalized = layer_norm(x.clone(), norm.weight, norm.bias, norm.eps);
-    let activated = gelu(linear(normalized, hidden.weight, hidden.bias));
-    residual(x, linear(activated, out.weight, out.bias), gamma)
+    let activated = gelu(linear(normalized, first.weight, first.bias));
+    residual(x, linear(activated, last.weight, last.bias), gamma)
 }
 
 /// `x·cos + rotate_half(x)·sin`, where `rotate_half([a, b]) = [−b, a]` on the two halves of a head.
@@ -96,6 +84,43 @@ fn rotate(x: Tensor<4>, table: &RopeTable) -> Tensor<4> {
     let mut halves = x.clone().split(half, 3).into_iter();
     let (a, b) = (halves.next().expect("two halves"), halves.next().expect("two halves"));
     x * table.cos.clone().unsqueeze() + Tensor::cat(vec![b.neg(), a], 3) * table.sin.clone().unsqueeze()
+}
+
+/// See [`crate::soft_cross_entropy`].
+pub fn soft_cross_entropy(
+    logits: Tensor<2>,
+    targets: Tensor<2>,
+    weights: Tensor<1>,
+    mass: f64,
+    temperature: f64,
+) -> (Tensor<1>, Tensor<2>) {
+    let [rows, _] = logits.dims();
+    let weights = weights.reshape([rows, 1]);
+    let logits = logits / temperature;
+    let expected = (logits.clone() * targets.clone()).sum_dim(1);
+    let peak = logits.clone().max_dim(1);
+    let exponentials = (logits - peak.clone()).exp();
+    let total = exponentials.clone().sum_dim(1);
+    let losses = ((peak + total.clone().log()) * mass - expected) * weights.clone();
+    let gradient = exponentials * (weights.clone() * mass / total / temperature) - targets * (weights / temperature);
+    (losses.reshape([rows]), gradient)
+}
+
+/// See [`crate::sinkhorn`].
+pub fn sinkhorn(logits: Tensor<2>, temperature: f64, iterations: usize) -> Tensor<2> {
+    let [samples, prototypes] = logits.dims();
+    let scaled = logits / temperature;
+    let peaks = scaled.clone().max_dim(1);
+    let q = (scaled - peaks.clone()).exp();
+    let mut per_sample = (peaks.clone() - peaks.max_dim(0)).exp();
+    let mut per_prototype = Tensor::<2>::ones([prototypes, 1], &q.device());
+    for _ in 0..iterations {
+        let mass = q.clone().transpose().matmul(per_sample).clamp_min(LEAST_MASS);
+        per_prototype = (mass * prototypes as f64).recip();
+        let mass = q.clone().matmul(per_prototype.clone()).clamp_min(LEAST_MASS);
+        per_sample = (mass * samples as f64).recip();
+    }
+    q * per_prototype.transpose() * (per_sample * samples as f64)
 }
 
 /// See [`crate::adamw`].

@@ -11,12 +11,12 @@
 pub mod composed;
 mod flex;
 
-use burn::backend::Dispatch;
+use burn::backend::{Dispatch, DispatchTensor};
 use burn::tensor::Tensor;
 
 use flex::{
-    Attention, AttentionBranch, DepthwiseConv, FeedForward, FlexKernels, FlexUpdates, Gelu, LayerNorm, Linear,
-    Residual, RotaryAttention, RotaryAttentionBranch,
+    Attention, AttentionBranch, DepthwiseConv, FeedForward, FlexKernels, FlexPrototypes, FlexUpdates, Gelu, LayerNorm,
+    Linear, Residual, RotaryAttention, RotaryAttentionBranch,
 };
 
 /// Cosine and sine tables of a rotary position embedding, one row per token.
@@ -136,75 +136,118 @@ pub struct Projection {
     pub bias: Option<Tensor<1>>,
 }
 
-impl Projection {
-    /// Weight and bias as the fused operations take them.
-    fn tensors(self) -> (Tensor<2>, Tensor<1>) {
-        let out = self.weight.dims()[0];
-        let bias = self.bias.unwrap_or_else(|| Tensor::zeros([out], &self.weight.device()));
-        (self.weight, bias)
+/// What a residual branch of a transformer block is made of, besides what lies between its two linear layers.
+#[derive(Clone, Debug)]
+pub struct Branch {
+    /// The norm before it.
+    pub norm: Normalization,
+    /// Its first linear layer.
+    pub first: Projection,
+    /// Its last linear layer.
+    pub last: Projection,
+    /// Its layer scale `[D]`; none is a scale of one.
+    pub gamma: Option<Tensor<1>>,
+    /// Whether the backward pass computes what lies between again instead of keeping it: less memory, more work, the same
+    /// bits. Only fused branches do so.
+    pub recompute: bool,
+}
+
+impl Branch {
+    /// Its tensors in the order in which the fused operations take them, on rows of `width` features.
+    fn into_dispatch(self, width: usize) -> [DispatchTensor; 7] {
+        let Self { norm, first, last, gamma, recompute: _ } = self;
+        let gamma = gamma.unwrap_or_else(|| Tensor::ones([width], &last.weight.device()));
+        let bias = |layer: &Projection| {
+            let out = layer.weight.dims()[0];
+            layer.bias.clone().unwrap_or_else(|| Tensor::zeros([out], &layer.weight.device()))
+        };
+        let (first_bias, last_bias) = (bias(&first), bias(&last));
+        [
+            norm.weight.into_dispatch(),
+            norm.bias.into_dispatch(),
+            first.weight.into_dispatch(),
+            first_bias.into_dispatch(),
+            last.weight.into_dispatch(),
+            last_bias.into_dispatch(),
+            gamma.into_dispatch(),
+        ]
     }
 }
 
 /// The attention branch of a pre-norm transformer block, with its residual connection:
-/// `x + gamma·out(self_attention(qkv(layer_norm(x))))`.
+/// `x + gamma·last(self_attention(first(layer_norm(x))))`.
 ///
 /// # Shapes
-/// `x [B, N, D]`, `qkv [3·D, D]` packed as in [`self_attention`], `out [D, D]`, `gamma [D]` → `[B, N, D]`.
-pub fn attention(
-    x: Tensor<3>,
-    norm: Normalization,
-    qkv: Projection,
-    num_heads: usize,
-    rope: Option<&RopeTable>,
-    out: Projection,
-    gamma: Option<Tensor<1>>,
-) -> Tensor<3> {
+/// `x [B, N, D]`, `first [3·D, D]` packed as in [`self_attention`], `last [D, D]` → `[B, N, D]`.
+pub fn attention(x: Tensor<3>, branch: Branch, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
     if !flex::supports(&x.device(), x.dtype()) {
-        return composed::attention(x, norm, qkv, num_heads, rope, out, gamma);
+        return composed::attention(x, branch, num_heads, rope);
     }
-    let gamma = gamma.unwrap_or_else(|| Tensor::ones([x.dims()[2]], &x.device()));
-    let ((qkv, qkv_bias), (out, out_bias)) = (qkv.tensors(), out.tensors());
-    let branch = AttentionBranch { num_heads, eps: norm.eps };
-    let (a, b, c) = (x.into_dispatch(), norm.weight.into_dispatch(), norm.bias.into_dispatch());
-    let (d, e, f, g) = (qkv.into_dispatch(), qkv_bias.into_dispatch(), out.into_dispatch(), out_bias.into_dispatch());
-    let h = gamma.into_dispatch();
+    let operation = AttentionBranch { num_heads, eps: branch.norm.eps, recompute: branch.recompute };
+    let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[2]);
+    let x = x.into_dispatch();
     Tensor::from_dispatch(match rope {
         Some(RopeTable { cos, sin }) => {
-            let (i, j) = (cos.clone().into_dispatch(), sin.clone().into_dispatch());
-            Dispatch::denary(a, b, c, d, e, f, g, h, i, j, RotaryAttentionBranch(branch))
+            let (cos, sin) = (cos.clone().into_dispatch(), sin.clone().into_dispatch());
+            Dispatch::denary(x, a, b, c, d, e, f, g, cos, sin, RotaryAttentionBranch(operation))
         }
-        None => Dispatch::octonary(a, b, c, d, e, f, g, h, branch),
+        None => Dispatch::octonary(x, a, b, c, d, e, f, g, operation),
     })
 }
 
 /// The feed-forward branch of a pre-norm transformer block, with its residual connection:
-/// `x + gamma·out(gelu(hidden(layer_norm(x))))`.
+/// `x + gamma·last(gelu(first(layer_norm(x))))`.
 ///
 /// # Shapes
-/// `x [M, D]`, `hidden [F, D]`, `out [D, F]`, `gamma [D]` → `[M, D]`.
-pub fn feed_forward(
-    x: Tensor<2>,
-    norm: Normalization,
-    hidden: Projection,
-    out: Projection,
-    gamma: Option<Tensor<1>>,
-) -> Tensor<2> {
+/// `x [M, D]`, `first [F, D]`, `last [D, F]` → `[M, D]`.
+pub fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
     if !flex::supports(&x.device(), x.dtype()) {
-        return composed::feed_forward(x, norm, hidden, out, gamma);
+        return composed::feed_forward(x, branch);
     }
-    let gamma = gamma.unwrap_or_else(|| Tensor::ones([x.dims()[1]], &x.device()));
-    let ((hidden, hidden_bias), (out, out_bias)) = (hidden.tensors(), out.tensors());
-    Tensor::from_dispatch(Dispatch::octonary(
-        x.into_dispatch(),
-        norm.weight.into_dispatch(),
-        norm.bias.into_dispatch(),
-        hidden.into_dispatch(),
-        hidden_bias.into_dispatch(),
-        out.into_dispatch(),
-        out_bias.into_dispatch(),
-        gamma.into_dispatch(),
-        FeedForward { eps: norm.eps },
-    ))
+    let operation = FeedForward { eps: branch.norm.eps, recompute: branch.recompute };
+    let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[1]);
+    Tensor::from_dispatch(Dispatch::octonary(x.into_dispatch(), a, b, c, d, e, f, g, operation))
+}
+
+/// In Sinkhorn–Knopp a prototype or a sample with less mass than this counts as if it had this much: its factor would be
+/// infinite in single precision.
+pub(crate) const LEAST_MASS: f64 = 1e-30;
+
+/// The cross-entropy of each row of logits against soft targets, and its gradient: with `p = softmax(logits/temperature)`,
+/// `weight·(mass·log Σ exp(logits/temperature) − Σ_k target_k·logits_k/temperature)` and
+/// `weight·(mass·p − target)/temperature`.
+///
+/// # Shapes
+/// `logits [M, K]`, `targets [M, K]` with rows that sum to `mass`, `weights [M]`, all plain → `[M]`, `[M, K]`.
+pub fn soft_cross_entropy(
+    logits: Tensor<2>,
+    targets: Tensor<2>,
+    weights: Tensor<1>,
+    mass: f64,
+    temperature: f64,
+) -> (Tensor<1>, Tensor<2>) {
+    if !flex::supports_plain(&logits.device(), logits.dtype()) {
+        return composed::soft_cross_entropy(logits, targets, weights, mass, temperature);
+    }
+    let (logits, targets, weights) = (logits.into_dispatch(), targets.into_dispatch(), weights.into_dispatch());
+    let (losses, gradient) = Dispatch::soft_cross_entropy(logits, targets, weights, mass, temperature);
+    (Tensor::from_dispatch(losses), Tensor::from_dispatch(gradient))
+}
+
+/// Sinkhorn–Knopp: `exp(logits/temperature)` scaled so that, alternately, columns have equal mass and rows sum to 1, ending
+/// with the rows.
+///
+/// The scaling is kept as one factor per column and one per row, so that the matrix is not rewritten until the end. Each row
+/// is exponentiated relative to its own peak; the peaks enter as initial factors of the rows, which makes this the same
+/// iteration as without them, but it cannot overflow.
+///
+/// # Shapes
+/// `logits [M, K]`, plain, with at least one row → `[M, K]`.
+pub fn sinkhorn(logits: Tensor<2>, temperature: f64, iterations: usize) -> Tensor<2> {
+    if !flex::supports_plain(&logits.device(), logits.dtype()) {
+        return composed::sinkhorn(logits, temperature, iterations);
+    }
+    Tensor::from_dispatch(Dispatch::sinkhorn(logits.into_dispatch(), temperature, iterations))
 }
 
 /// The numbers of one step of AdamW (Loshchilov & Hutter 2019, algorithm 2).
@@ -236,7 +279,7 @@ pub struct AdamW {
 /// # Shapes
 /// All `[P]`, plain.
 pub fn adamw(weight: Tensor<1>, gradient: Tensor<1>, m: Tensor<1>, v: Tensor<1>, step: AdamW) -> [Tensor<1>; 3] {
-    if !flex::updates(&weight.device(), weight.dtype()) {
+    if !flex::supports_plain(&weight.device(), weight.dtype()) {
         return composed::adamw(weight, gradient, m, v, step);
     }
     let [weight, gradient, m, v] = [weight, gradient, m, v].map(Tensor::into_dispatch);
@@ -249,7 +292,7 @@ pub fn adamw(weight: Tensor<1>, gradient: Tensor<1>, m: Tensor<1>, v: Tensor<1>,
 /// # Shapes
 /// All `[P]`, plain.
 pub fn running_mean(mean: Tensor<1>, value: Tensor<1>, momentum: f64) -> Tensor<1> {
-    if !flex::updates(&mean.device(), mean.dtype()) {
+    if !flex::supports_plain(&mean.device(), mean.dtype()) {
         return composed::running_mean(mean, value, momentum);
     }
     Tensor::from_dispatch(Dispatch::running_mean(mean.into_dispatch(), value.into_dispatch(), momentum))
@@ -257,7 +300,7 @@ pub fn running_mean(mean: Tensor<1>, value: Tensor<1>, momentum: f64) -> Tensor<
 
 /// `Σ xᵢ²`, `[1]`, of a plain tensor.
 pub fn sum_of_squares(x: &Tensor<1>) -> Tensor<1> {
-    if !flex::updates(&x.device(), x.dtype()) {
+    if !flex::supports_plain(&x.device(), x.dtype()) {
         return composed::sum_of_squares(x);
     }
     Tensor::from_dispatch(Dispatch::sum_of_squares(x.clone().into_dispatch()))

@@ -1,7 +1,7 @@
 //! The layers of a transformer block, named as the references name them.
 
 use burn::module::{Module, Param};
-use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation, s};
 use dinoxide_kernels as kernels;
 use dinoxide_kernels::{Normalization, Projection, RopeTable};
 use rand::Rng;
@@ -220,6 +220,9 @@ pub struct Block {
     pub mlp: Ffn,
     /// Scale of the feed-forward branch.
     pub ls2: Option<LayerScale>,
+    /// See [`Backbone::recomputing`](crate::Backbone::recomputing).
+    #[module(skip)]
+    pub(crate) recompute: bool,
 }
 
 impl Block {
@@ -233,6 +236,7 @@ impl Block {
             norm2: Norm::new(dim, config.norm, config.norm_eps, init),
             mlp: Ffn::new(config, init),
             ls2: scale(init),
+            recompute: false,
         }
     }
 
@@ -246,14 +250,26 @@ impl Block {
         self.feed_forward(x, feed_forward)
     }
 
+    /// [`forward`](Self::forward), of which only the first token of each sequence is computed: `[B, N, D]` → `[B, 1, D]`.
+    ///
+    /// # Panics
+    /// If there are not two draws.
+    pub(crate) fn forward_first(&self, x: Tensor<3>, rope: Option<&RopeTable>, draws: &[BranchDraw]) -> Tensor<3> {
+        let [attention, feed_forward] = draws else { panic!("{} draws for the two branches of a block", draws.len()) };
+        let first = self.attention(x, rope, attention).slice(s![.., 0..1, ..]);
+        self.feed_forward(first, feed_forward)
+    }
+
     /// The first branch.
     fn attention(&self, x: Tensor<3>, rope: Option<&RopeTable>, draw: &BranchDraw) -> Tensor<3> {
         let gamma = self.ls1.as_ref().map(|scale| scale.gamma.val());
         let attn = &self.attn;
         match (draw, self.norm1.normalization()) {
             (BranchDraw::Keep, Some(norm)) => {
-                let qkv = Projection { weight: attn.qkv.weight.val(), bias: attn.qkv_bias() };
-                kernels::attention(x, norm, qkv, attn.num_heads, rope, attn.proj.projection(), gamma)
+                let first = Projection { weight: attn.qkv.weight.val(), bias: attn.qkv_bias() };
+                let last = attn.proj.projection();
+                let branch = kernels::Branch { norm, first, last, gamma, recompute: self.recompute };
+                kernels::attention(x, branch, attn.num_heads, rope)
             }
             _ => branch(x, draw, gamma, |x| attn.forward(self.norm1.forward_tokens(x), rope)),
         }
@@ -264,7 +280,9 @@ impl Block {
         let gamma = self.ls2.as_ref().map(|scale| scale.gamma.val());
         match (draw, self.norm2.normalization(), &self.mlp.fc1, &self.mlp.fc2) {
             (BranchDraw::Keep, Some(norm), Some(fc1), Some(fc2)) => {
-                on_rows(x, |rows| kernels::feed_forward(rows, norm, fc1.projection(), fc2.projection(), gamma))
+                let (first, last) = (fc1.projection(), fc2.projection());
+                let branch = kernels::Branch { norm, first, last, gamma, recompute: self.recompute };
+                on_rows(x, |rows| kernels::feed_forward(rows, branch))
             }
             _ => branch(x, draw, gamma, |x| on_rows(x, |rows| self.mlp.forward(self.norm2.forward(rows)))),
         }

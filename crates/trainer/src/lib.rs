@@ -6,6 +6,7 @@ pub mod batch;
 pub mod checkpoint;
 pub mod duration;
 pub mod error;
+pub mod measure;
 pub mod metrics;
 pub mod monitor;
 pub mod network;

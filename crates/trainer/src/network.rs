@@ -52,11 +52,20 @@ impl Network {
         group: CropGroup,
         draws: Option<&StochasticDraws>,
     ) -> Features {
-        let [views, batch, channels, height, width] = crops.dims();
-        let images = crops.reshape([views * batch, channels, height, width]);
         match draws {
-            Some(draws) => self.backbone.forward_train(images, mask, group, draws),
-            None => self.backbone.forward(images, mask),
+            Some(draws) => self.backbone.forward_train(stacked(crops), mask, group, draws),
+            None => self.backbone.forward(stacked(crops), mask),
         }
     }
+
+    /// The student's CLS tokens of local crops `[L, B, C, h, w]`, `[L·B, D]`.
+    pub fn local_cls(&self, crops: Tensor<5>, draws: &StochasticDraws) -> Tensor<2> {
+        self.backbone.cls_train(stacked(crops), CropGroup::Local, draws)
+    }
+}
+
+/// `[V, B, C, H, W]` → `[V·B, C, H, W]`.
+fn stacked(crops: Tensor<5>) -> Tensor<4> {
+    let [views, batch, channels, height, width] = crops.dims();
+    crops.reshape([views * batch, channels, height, width])
 }

@@ -19,6 +19,7 @@ use dinoxide_augmentation::{Crops, MultiCrop, batch_masks};
 use dinoxide_config::{Resolved, difference};
 use dinoxide_data::{DataError, Drawn, Loader, Rejected, SampleReader, Source};
 use dinoxide_evaluation::EvaluationError;
+use dinoxide_model::Architecture;
 use dinoxide_model::weights::{Description, Provenance, backbone_file, write_atomically};
 use dinoxide_random::{Purpose, epoch_view, stream};
 
@@ -224,6 +225,28 @@ fn resident_bytes() -> u64 {
     memory_stats::memory_stats().map_or(0, |stats| stats.physical_mem as u64)
 }
 
+/// The highest resident memory of this process so far, where the system tells; else that of this moment.
+pub(crate) fn peak_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+    peak.map_or_else(resident_bytes, |kibibytes: u64| 1024 * kibibytes)
+}
+
+/// The draws of a step's forwards, made for the sizes of its micro-batches.
+pub(crate) fn step_draws(recipe: &Recipe, backbone: &Architecture, step: u64) -> StepDraws {
+    let (batch, parts) = (recipe.train.batch_size, recipe.efficiency.micro_batches);
+    let locals = recipe.augmentation.local_crops;
+    (0..parts)
+        .map(|part| {
+            let samples = (part + 1) * batch / parts - part * batch / parts;
+            [(0, 2), (1, locals)].map(|(group, crops)| {
+                let mut rng = stream(recipe.train.seed, Purpose::Forward, step, 2 * part as u64 + group);
+                backbone.draw(crops * samples, &mut rng)
+            })
+        })
+        .collect()
+}
+
 impl<'a> Run<'a> {
     fn start(
         config: &'a Recipe,
@@ -256,6 +279,7 @@ impl<'a> Run<'a> {
             damaged = loaded.damaged;
             saved = Some(progress.step);
         }
+        state.student.backbone = state.student.backbone.recomputing(config.efficiency.recompute);
         // The evaluations before the first step and after the last belong to no checkpoint: they are made again.
         let evaluates_again = progress.step == 0 || progress.step == plan.steps;
         let metrics = MetricsFile::open(&directory.join("metrics.jsonl"), progress.step, evaluates_again)?;
@@ -282,7 +306,7 @@ impl<'a> Run<'a> {
             window_start: now,
             window_images: 0,
             window_waited: 0.0,
-            peak_memory: resident_bytes(),
+            peak_memory: peak_bytes(),
         };
         Ok(Self {
             config,
@@ -312,7 +336,7 @@ impl<'a> Run<'a> {
         while self.state.step < self.plan.steps && !stop.load(Ordering::Relaxed) {
             let batch = self.next_batch(&mut loader, watch)?;
             let at = self.plan.schedule.at(self.state.step);
-            let draws = self.draws(at.step);
+            let draws = step_draws(self.config, &self.plan.backbone, at.step);
             let report = train_step(&mut self.state, &batch, &draws, &self.config.loss, at)?;
             self.progress.step = self.state.step;
             self.progress.images += batch.len() as u64;
@@ -331,7 +355,7 @@ impl<'a> Run<'a> {
     ) -> Result<(), TrainError> {
         let step = self.state.step;
         let memory = resident_bytes();
-        self.clock.peak_memory = self.clock.peak_memory.max(memory);
+        self.clock.peak_memory = self.clock.peak_memory.max(peak_bytes());
         let elapsed = self.clock.window_start.elapsed().as_secs_f64().max(1e-9);
         let images = self.progress.images - self.clock.window_images;
         let (rate, wait) = (images as f64 / elapsed, (waited - self.clock.window_waited) / elapsed);
@@ -440,21 +464,6 @@ impl<'a> Run<'a> {
         let mut rng = stream(config.train.seed, Purpose::Mask, self.state.step, 0);
         let masks = batch_masks(2 * samples.len(), grid, &config.mask, &mut rng);
         Ok(Batch::new(&samples, masks, config.augmentation.mean, config.augmentation.std, self.device))
-    }
-
-    /// The draws of a step's forwards, made for the sizes of its micro-batches.
-    fn draws(&self, step: u64) -> StepDraws {
-        let (batch, parts) = (self.config.train.batch_size, self.config.efficiency.micro_batches);
-        let locals = self.config.augmentation.local_crops;
-        (0..parts)
-            .map(|part| {
-                let samples = (part + 1) * batch / parts - part * batch / parts;
-                [(0, 2), (1, locals)].map(|(group, crops)| {
-                    let mut rng = stream(self.config.train.seed, Purpose::Forward, step, 2 * part as u64 + group);
-                    self.plan.backbone.draw(crops * samples, &mut rng)
-                })
-            })
-            .collect()
     }
 
     /// Evaluates the teacher. `None` if nothing is to be evaluated, or if that failed after the first step: hours of

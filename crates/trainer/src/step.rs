@@ -1,6 +1,7 @@
 //! One optimisation step. Start reading at [`train_step`].
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Bool, Device, Int, Tensor, s};
@@ -100,6 +101,33 @@ pub struct TrainState {
     pub patch_center: Center,
     /// Steps taken.
     pub step: u64,
+    /// Where the time of the last step went.
+    pub timings: Timings,
+}
+
+/// Seconds that the parts of a step took. On a device that computes later than it is told to, they are the time it took to
+/// tell it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timings {
+    /// The teacher's forward, heads included.
+    pub teacher: f64,
+    /// Centering: from logits to targets.
+    pub targets: f64,
+    /// The student's forward with heads and losses.
+    pub student: f64,
+    /// Backward.
+    pub backward: f64,
+    /// Gradient norms, clipping, AdamW, the teacher's running mean, centers.
+    pub update: f64,
+}
+
+/// Reads off the time since the last reading.
+struct Stopwatch(Instant);
+
+impl Stopwatch {
+    fn lap(&mut self) -> f64 {
+        std::mem::replace(&mut self.0, Instant::now()).elapsed().as_secs_f64()
+    }
 }
 
 impl TrainState {
@@ -127,6 +155,7 @@ impl TrainState {
             cls_center: Center::new(dino_head.prototypes, loss.center_momentum, device),
             patch_center: Center::new(patch_prototypes, loss.center_momentum, device),
             step: 0,
+            timings: Timings::default(),
         }
     }
 }
@@ -213,11 +242,14 @@ pub fn train_step(
     config: &LossConfig,
     at: Scheduled,
 ) -> Result<StepReport, StepError> {
+    let (mut clock, mut timings) = (Stopwatch(Instant::now()), Timings::default());
     let parts = divide(batch, draws.len());
 
     // The teacher sees global crops, unmasked; no gradient reaches it.
     let logits: Vec<TeacherLogits> = parts.iter().map(|part| teacher_logits(&state.teacher, part, config)).collect();
+    timings.teacher = clock.lap();
     let (targets, target_entropy) = center(state, &logits, config, &at);
+    timings.targets = clock.lap();
 
     // KoLeo's gradient needs the CLS tokens of the whole batch; with several micro-batches they take a forward of their own.
     let spread =
@@ -237,7 +269,9 @@ pub fn train_step(
             spread.as_ref().map(|s| &s.gradients[i]),
         );
         losses.add(&terms, share);
+        timings.student += clock.lap();
         accumulate(&mut gradients, &state.student, weighted_sum(terms, share, config));
+        timings.backward += clock.lap();
     }
     if let Some(spread) = &spread {
         losses.koleo = Some(spread.value);
@@ -253,6 +287,8 @@ pub fn train_step(
     let teacher = std::mem::replace(&mut state.teacher, state.student.clone());
     state.teacher = ema(teacher, &state.student, at.teacher_momentum);
     update_centers(state, &logits, &parts, config);
+    timings.update = clock.lap();
+    state.timings = timings;
     state.step = at.step + 1;
     Ok(StepReport { losses, gradient_norms: norms, target_entropy, at })
 }
@@ -378,8 +414,7 @@ fn student_losses(
             config.ignore_diagonal,
         ));
         if let Some(crops) = config.local_crops(part) {
-            let local = student.features(tracked(crops), None, CropGroup::Local, Some(&draws[1]));
-            let bottleneck = head.bottleneck(local.cls);
+            let bottleneck = head.bottleneck(student.local_cls(tracked(crops), &draws[1]));
             terms.dino_local = Some(dino::local(bottleneck, vectors, targets.clone(), config.student_temp));
         }
     }

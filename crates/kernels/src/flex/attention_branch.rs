@@ -1,6 +1,7 @@
 //! The attention branch of a transformer block, `x + γ∘(attention(LN(x)·Wᵀ + b)·Wₚᵀ + bₚ)`, as one operation.
 //!
-//! Of what lies between input and result the packed projections and the heads' results are kept for the backward pass.
+//! Of what lies between input and result the packed projections and the heads' results are kept for the backward pass, or
+//! not even these where they are to be computed again.
 
 use burn::backend::flex::FlexTensor;
 
@@ -19,6 +20,8 @@ pub(crate) struct AttentionBranch {
     pub(crate) num_heads: usize,
     /// Added to the variance.
     pub(crate) eps: f64,
+    /// Whether the backward pass computes projections and heads again.
+    pub(crate) recompute: bool,
 }
 
 /// The same with two more inputs, the cosines and sines `[N, d]` of a rotation, which receive no gradient.
@@ -32,11 +35,10 @@ pub(crate) struct Kept {
     norm: Norm,
     weight: FlexTensor,
     projection: Projection,
+    bias: FlexTensor,
     tables: Option<[FlexTensor; 2]>,
-    /// `[B, N, 3·D]`.
-    qkv: FlexTensor,
-    /// `[B·N, D]`.
-    heads: FlexTensor,
+    /// The packed projections `[B, N, 3·D]` and the heads' results `[B·N, D]`; `None` when they are computed again.
+    between: Option<[FlexTensor; 2]>,
 }
 
 impl Branch<8> for AttentionBranch {
@@ -75,7 +77,7 @@ impl AttentionBranch {
         keep: bool,
     ) -> (FlexTensor, Option<Kept>) {
         let [batch, tokens, width]: [usize; 3] = x.layout().shape().dims();
-        let ([packed, input], rows) = (dims2(&weight), batch * tokens);
+        let [packed, input] = dims2(&weight);
         assert!(
             input == width && packed == 3 * width,
             "attention: x [{batch}, {tokens}, {width}] and packed weight [{packed}, {input}]"
@@ -83,27 +85,42 @@ impl AttentionBranch {
         let (x, weight, bias) = (contiguous(x), contiguous(weight), contiguous(bias));
         let norm = Norm::new(norm_weight, norm_bias, self.eps);
         let projection = Projection::new(w_out, b_out, gamma);
-        let normalized = norm.forward(elements(&x), width);
-        let weights = Matrix::new(elements(&weight), packed, width);
-        let mut qkv = multiply(Matrix::new(&normalized, rows, width), weights.t());
-        drop(normalized);
-        let offset = elements(&bias);
-        assert_eq!(offset.len(), packed, "attention: bias [{}] of {packed} packed features", offset.len());
-        for_each_block(&mut qkv, ROW_BLOCK * packed.max(1), &mut [], 0, |_, rows, _| add_bias(rows, offset));
-        let qkv = tensor(qkv, [batch, tokens, packed]);
-        let sizes = Sizes::new(&qkv, self.num_heads);
-        let heads = forward(elements(&qkv), sizes, rotation(&tables, sizes));
+        let biases = elements(&bias).len();
+        assert_eq!(biases, packed, "attention: bias [{biases}] of {packed} packed features");
+        let [qkv, heads] = self.between(&x, &norm, &weight, &bias, &tables);
         if !keep {
             drop(qkv);
-            return (projection.forward(x, &heads, width), None);
+            return (projection.forward(x, elements(&heads), width), None);
         }
-        let y = projection.forward(x.clone(), &heads, width);
-        let heads = tensor(heads, [rows, width]);
-        (y, Some(Kept { x, norm, weight, projection, tables, qkv, heads }))
+        let y = projection.forward(x.clone(), elements(&heads), width);
+        let between = (!self.recompute).then_some([qkv, heads]);
+        (y, Some(Kept { x, norm, weight, projection, bias, tables, between }))
+    }
+
+    /// The packed projections `[B, N, 3·D]` and the heads' results `[B·N, D]`.
+    fn between(
+        &self,
+        x: &FlexTensor,
+        norm: &Norm,
+        weight: &FlexTensor,
+        bias: &FlexTensor,
+        tables: &Option<[FlexTensor; 2]>,
+    ) -> [FlexTensor; 2] {
+        let [batch, tokens, width]: [usize; 3] = x.layout().shape().dims();
+        let ([packed, _], rows, bias) = (dims2(weight), batch * tokens, elements(bias));
+        let normalized = norm.forward(elements(x), width);
+        let mut qkv = multiply(Matrix::new(&normalized, rows, width), Matrix::new(elements(weight), packed, width).t());
+        drop(normalized);
+        for_each_block(&mut qkv, ROW_BLOCK * packed.max(1), &mut [], 0, |_, rows, _| add_bias(rows, bias));
+        let qkv = tensor(qkv, [batch, tokens, packed]);
+        let sizes = Sizes::new(&qkv, self.num_heads);
+        let heads = forward(elements(&qkv), sizes, rotation(tables, sizes));
+        [qkv, tensor(heads, [rows, width])]
     }
 
     fn gradients(&self, kept: Kept, grad: FlexTensor) -> [FlexTensor; 8] {
-        let Kept { x, norm, weight, projection, tables, qkv, heads } = kept;
+        let Kept { x, norm, weight, projection, bias, tables, between } = kept;
+        let [qkv, heads] = between.unwrap_or_else(|| self.between(&x, &norm, &weight, &bias, &tables));
         let sizes = Sizes::new(&qkv, self.num_heads);
         let [packed, width] = dims2(&weight);
         let grad = contiguous(grad);
@@ -147,26 +164,30 @@ mod tests {
     use burn::tensor::Tensor;
 
     use crate::flex::testing::{Case, Inputs, assert_same, run};
-    use crate::{Normalization, Projection, RopeTable, attention, composed};
+    use crate::{Branch, Normalization, Projection, RopeTable, attention, composed};
 
-    type Function =
-        fn(Tensor<3>, Normalization, Projection, usize, Option<&RopeTable>, Projection, Option<Tensor<1>>) -> Tensor<3>;
+    type Function = fn(Tensor<3>, Branch, usize, Option<&RopeTable>) -> Tensor<3>;
 
     #[derive(Clone, Copy)]
     struct Parts {
         rope: bool,
         bias: bool,
         gamma: bool,
+        recompute: bool,
     }
 
-    const ALL: Parts = Parts { rope: true, bias: true, gamma: true };
+    const ALL: Parts = Parts { rope: true, bias: true, gamma: true, recompute: false };
 
     fn apply(f: Function, t: &Inputs, heads: usize, parts: Parts) -> Tensor<3> {
-        let norm = Normalization { weight: t.vector(1), bias: t.vector(2), eps: 1e-5 };
-        let qkv = Projection { weight: t.matrix(3), bias: parts.bias.then(|| t.vector(4)) };
-        let out = Projection { weight: t.matrix(5), bias: parts.bias.then(|| t.vector(6)) };
+        let branch = Branch {
+            norm: Normalization { weight: t.vector(1), bias: t.vector(2), eps: 1e-5 },
+            first: Projection { weight: t.matrix(3), bias: parts.bias.then(|| t.vector(4)) },
+            last: Projection { weight: t.matrix(5), bias: parts.bias.then(|| t.vector(6)) },
+            gamma: parts.gamma.then(|| t.vector(7)),
+            recompute: parts.recompute,
+        };
         let rope = RopeTable { cos: t.matrix(8), sin: t.matrix(9) };
-        f(t.cube(0), norm, qkv, heads, parts.rope.then_some(&rope), out, parts.gamma.then(|| t.vector(7)))
+        f(t.cube(0), branch, heads, parts.rope.then_some(&rope))
     }
 
     fn case(batch: usize, tokens: usize, heads: usize, head_dim: usize, tracked: &[bool; 8]) -> Case {
@@ -216,13 +237,23 @@ mod tests {
         for (bias, gamma) in [(false, true), (true, false), (false, false)] {
             let mut tracked = [true; 8];
             (tracked[4], tracked[6], tracked[7]) = (bias, bias, gamma);
-            let parts = Parts { rope: true, bias, gamma };
+            let parts = Parts { bias, gamma, ..ALL };
             assert_same(
                 &case(3, 7, 2, 6, &tracked),
                 |t| apply(attention, t, 2, parts),
                 |t| apply(composed::attention, t, 2, parts),
             );
         }
+    }
+
+    #[test]
+    fn computing_again_does_not_change_the_bits() {
+        let case = case(3, 17, 2, 8, &[true; 8]);
+        let with = |recompute| {
+            let results = run(&case, |t| apply(attention, t, 2, Parts { recompute, ..ALL }));
+            results.into_iter().flatten().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        assert_eq!(with(true), with(false));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The feed-forward branch of a transformer block, `x + γ∘(gelu(LN(x)·W₁ᵀ + b₁)·W₂ᵀ + b₂)`, as one operation.
 //!
-//! Of what lies between input and result only the hidden layer before the GELU is kept for the backward pass. The norm's
-//! result is computed again there, and so is the GELU's: its derivative needs the same function values.
+//! Of what lies between input and result only the hidden layer before the GELU is kept for the backward pass, or not even
+//! that where it is to be computed again. The norm's result always is, and so is the GELU's: its derivative needs the same
+//! function values.
 
 use burn::backend::flex::FlexTensor;
 
@@ -18,6 +19,8 @@ use super::{ROW_BLOCK, contiguous, dims2, elements, for_each_block, in_order, si
 pub(crate) struct FeedForward {
     /// Added to the variance.
     pub(crate) eps: f64,
+    /// Whether the backward pass computes the hidden layer again.
+    pub(crate) recompute: bool,
 }
 
 /// What the backward pass reads.
@@ -26,9 +29,10 @@ pub(crate) struct Kept {
     x: FlexTensor,
     norm: Norm,
     weight: FlexTensor,
+    bias: FlexTensor,
     projection: Projection,
-    /// `[M, F]`, with the bias.
-    hidden: FlexTensor,
+    /// `[M, F]`, with the bias; `None` when it is computed again.
+    hidden: Option<FlexTensor>,
 }
 
 impl Branch<8> for FeedForward {
@@ -41,31 +45,37 @@ impl Branch<8> for FeedForward {
     ) -> (FlexTensor, Option<Kept>) {
         let ([rows, width], [inner, input]) = (dims2(&x), dims2(&w1));
         assert_eq!(width, input, "feed_forward: x [{rows}, {width}] and a weight [{inner}, {input}]");
-        let (x, weight, b1) = (contiguous(x), contiguous(w1), contiguous(b1));
+        let (x, weight, bias) = (contiguous(x), contiguous(w1), contiguous(b1));
+        let biases = elements(&bias).len();
+        assert_eq!(biases, inner, "feed_forward: bias [{biases}] of {inner} hidden features");
         let norm = Norm::new(norm_weight, norm_bias, self.eps);
         let projection = Projection::new(w2, b2, gamma);
-        let normalized = norm.forward(elements(&x), width);
-        let weights = Matrix::new(elements(&weight), inner, width);
-        let mut hidden = multiply(Matrix::new(&normalized, rows, width), weights.t());
-        drop(normalized);
-        let bias = elements(&b1);
-        assert_eq!(bias.len(), inner, "feed_forward: bias [{}] of {inner} hidden features", bias.len());
-        if !keep {
-            let block = ROW_BLOCK * inner.max(1);
+        let mut hidden = unbiased(elements(&x), &norm, elements(&weight), rows, width);
+        let block = ROW_BLOCK * inner.max(1);
+        if !keep || self.recompute {
             for_each_block(&mut hidden, block, &mut [], 0, |_, rows, _| {
-                add_bias(rows, bias);
+                add_bias(rows, elements(&bias));
                 gelu(rows);
             });
-            return (projection.forward(x, &hidden, inner), None);
+            let kept =
+                keep.then(|| Kept { x: x.clone(), norm, weight, bias, projection: projection.clone(), hidden: None });
+            return (projection.forward(x, &hidden, inner), kept);
         }
-        let activated = changed_and_copied(&mut hidden, ROW_BLOCK * inner.max(1), |rows| add_bias(rows, bias), gelu);
+        let activated = changed_and_copied(&mut hidden, block, |rows| add_bias(rows, elements(&bias)), gelu);
         let y = projection.forward(x.clone(), &activated, inner);
-        (y, Some(Kept { x, norm, weight, projection, hidden: tensor(hidden, [rows, inner]) }))
+        let hidden = Some(tensor(hidden, [rows, inner]));
+        (y, Some(Kept { x, norm, weight, bias, projection, hidden }))
     }
 
     fn backward(&self, kept: Kept, grad: FlexTensor) -> [FlexTensor; 8] {
-        let Kept { x, norm, weight, projection, mut hidden } = kept;
-        let ([rows, width], [_, inner]) = (dims2(&x), dims2(&hidden));
+        let Kept { x, norm, weight, bias, projection, hidden } = kept;
+        let ([rows, width], [inner, _]) = (dims2(&x), dims2(&weight));
+        let mut hidden = hidden.unwrap_or_else(|| {
+            let mut hidden = unbiased(elements(&x), &norm, elements(&weight), rows, width);
+            let block = ROW_BLOCK * inner.max(1);
+            for_each_block(&mut hidden, block, &mut [], 0, |_, rows, _| add_bias(rows, elements(&bias)));
+            tensor(hidden, [rows, inner])
+        });
         let grad = contiguous(grad);
         let g = elements(&grad);
         let mut dhidden = projection.backward_input(g, inner);
@@ -95,11 +105,17 @@ impl Branch<8> for FeedForward {
     }
 }
 
+/// `LN(x)·Wᵀ`: the hidden layer without its bias.
+fn unbiased(x: &[f32], norm: &Norm, weight: &[f32], rows: usize, width: usize) -> Vec<f32> {
+    let normalized = norm.forward(x, width);
+    multiply(Matrix::new(&normalized, rows, width), Matrix::new(weight, weight.len() / width.max(1), width).t())
+}
+
 fn gelu(values: &mut [f32]) {
     simd::vectorized(
         #[inline(always)]
         || {
-            for x in values {
+            for x in values.iter_mut() {
                 *x *= simd::normal_cdf(*x);
             }
         },
@@ -134,15 +150,22 @@ mod tests {
     use burn::tensor::Tensor;
 
     use crate::flex::testing::{Case, Inputs, assert_same, run};
-    use crate::{Normalization, Projection, composed, feed_forward};
+    use crate::{Branch, Normalization, Projection, composed, feed_forward};
 
-    type Function = fn(Tensor<2>, Normalization, Projection, Projection, Option<Tensor<1>>) -> Tensor<2>;
+    type Function = fn(Tensor<2>, Branch) -> Tensor<2>;
+
+    fn branch(t: &Inputs, bias: bool, gamma: bool) -> Branch {
+        Branch {
+            norm: Normalization { weight: t.vector(1), bias: t.vector(2), eps: 1e-5 },
+            first: Projection { weight: t.matrix(3), bias: bias.then(|| t.vector(4)) },
+            last: Projection { weight: t.matrix(5), bias: bias.then(|| t.vector(6)) },
+            gamma: gamma.then(|| t.vector(7)),
+            recompute: false,
+        }
+    }
 
     fn apply(f: Function, t: &Inputs, bias: bool, gamma: bool) -> Tensor<2> {
-        let norm = Normalization { weight: t.vector(1), bias: t.vector(2), eps: 1e-5 };
-        let w1 = Projection { weight: t.matrix(3), bias: bias.then(|| t.vector(4)) };
-        let w2 = Projection { weight: t.matrix(5), bias: bias.then(|| t.vector(6)) };
-        f(t.matrix(0), norm, w1, w2, gamma.then(|| t.vector(7)))
+        f(t.matrix(0), branch(t, bias, gamma))
     }
 
     fn case(rows: usize, width: usize, inner: usize, tracked: &[bool; 8]) -> Case {
@@ -182,6 +205,16 @@ mod tests {
                 |t| apply(composed::feed_forward, t, bias, gamma),
             );
         }
+    }
+
+    #[test]
+    fn computing_the_hidden_layer_again_does_not_change_the_bits() {
+        let case = case(300, 24, 50, &[true; 8]);
+        let with = |recompute| {
+            let results = run(&case, |t| feed_forward(t.matrix(0), Branch { recompute, ..branch(t, true, true) }));
+            results.into_iter().flatten().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        assert_eq!(with(true), with(false));
     }
 
     #[test]

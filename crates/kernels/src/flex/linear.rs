@@ -95,7 +95,7 @@ pub(super) fn column_sums(g: &[f32], rows: usize, out: usize) -> Vec<f32> {
         simd::vectorized(
             #[inline(always)]
             || {
-                for row in block {
+                for row in block.clone() {
                     simd::add_assign(sum, &g[row * out..][..out]);
                 }
             },

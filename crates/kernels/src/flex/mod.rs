@@ -19,6 +19,7 @@ mod layer_norm;
 mod linear;
 mod memory;
 mod operation;
+mod prototypes;
 mod residual;
 mod simd;
 #[cfg(test)]
@@ -33,6 +34,7 @@ pub(crate) use gelu::Gelu;
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use linear::Linear;
 pub(crate) use operation::FlexKernels;
+pub(crate) use prototypes::FlexPrototypes;
 pub(crate) use residual::Residual;
 pub(crate) use update::FlexUpdates;
 
@@ -59,8 +61,8 @@ pub(crate) fn supports(device: &Device, dtype: DType) -> bool {
     flex && dtype == DType::F32 && simd::available()
 }
 
-/// Whether plain tensors of this device and type are updated here.
-pub(crate) fn updates(device: &Device, dtype: DType) -> bool {
+/// Whether plain tensors of this device and type, which no automatic differentiation follows, are computed here.
+pub(crate) fn supports_plain(device: &Device, dtype: DType) -> bool {
     supports(device, dtype) && !device.is_autodiff()
 }
 

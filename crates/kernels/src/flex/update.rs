@@ -61,7 +61,7 @@ impl FlexUpdates for Flex {
                 simd::vectorized(
                     #[inline(always)]
                     || {
-                        for (((weight, &g), m), v) in weight.iter_mut().zip(g).zip(m).zip(v) {
+                        for (((weight, &g), m), v) in weight.iter_mut().zip(g).zip(m.iter_mut()).zip(v.iter_mut()) {
                             let g = g * gradient_factor;
                             *m = *m * beta1 + g * rest1;
                             *v = *v * beta2 + g * g * rest2;

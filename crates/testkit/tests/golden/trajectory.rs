@@ -14,7 +14,7 @@ use dinoxide_trainer::{
     batch::Batch,
     network::{Network, SUBMODULES},
     optimizer::AdamW,
-    step::{StepReport, TrainState, train_step},
+    step::{StepReport, Timings, TrainState, train_step},
 };
 use rand::{SeedableRng, rngs::ChaCha8Rng};
 use serde_json::Value;
@@ -89,7 +89,7 @@ fn start(check: &mut Check, recipe: &Recipe) -> TrainState {
     let center = |count: usize| Center::new(count, recipe.loss.center_momentum, &device);
     let cls_center = center(teacher.dino_head.last_layer.vectors().dims()[0]);
     let patch_center = center(teacher.patch_head().patch_prototypes().vectors().dims()[0]);
-    TrainState { student, teacher, optimizer, cls_center, patch_center, step: 0 }
+    TrainState { student, teacher, optimizer, cls_center, patch_center, step: 0, timings: Timings::default() }
 }
 
 /// Batch `number` of the fixture: pixels are thirty-seconds.

@@ -63,7 +63,7 @@ impl<'a> Head<'a> {
         simd::vectorized(
             #[inline(always)]
             || {
-                for (row, inverse) in probabilities.chunks_exact_mut(tokens).zip(inverse_sums) {
+                for (row, inverse) in probabilities.chunks_exact_mut(tokens).zip(inverse_sums.iter_mut()) {
                     *inverse = 1.0 / simd::exp_and_sum(row, simd::max(row));
                 }
             },
