@@ -1,8 +1,23 @@
 //! The `[augmentation]` table: what crops are cut from an image and how they are distorted.
 
+use rand::{Rng, RngExt};
 use serde::{Deserialize, Serialize};
 
 use crate::blur::BlurKind;
+
+/// One choice of `[[augmentation.sizes]]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CropSizes {
+    /// Side of the global crops, in pixels.
+    pub global: usize,
+    /// Side of the local crops, in pixels.
+    pub local: usize,
+    /// Side of the Gram teacher's crops, in pixels; 0: as the student's.
+    pub gram: usize,
+    /// Share of the steps, relative to the other choices'.
+    pub share: f64,
+}
 
 /// The multi-crop recipe. Stages come in the order of the fields; the defaults are those of DINOv2 and DINOv3.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -18,6 +33,12 @@ pub struct AugmentationConfig {
     pub local_crop_size: usize,
     /// Range of a local crop's area, as a fraction of the image's.
     pub local_crop_scale: [f64; 2],
+    /// Side in pixels at which the Gram teacher sees the two global crops, same box and flip; 0: as the student does.
+    pub gram_crop_size: usize,
+    /// Whether the Gram teacher's crops have the colours, blur and solarization of the student's.
+    pub gram_crop_distorted: bool,
+    /// Crop sizes to draw from, one of them for each step; empty: those above. DINOv3's high-resolution stage mixes five.
+    pub sizes: Vec<CropSizes>,
     /// Range of the aspect ratio (width/height) of the box that becomes a square crop; log-uniform.
     pub crop_ratio: [f64; 2],
     /// Probability that a crop is mirrored left to right.
@@ -62,6 +83,9 @@ impl Default for AugmentationConfig {
             local_crops: 8,
             local_crop_size: 96,
             local_crop_scale: [0.05, 0.32],
+            gram_crop_size: 0,
+            gram_crop_distorted: true,
+            sizes: Vec::new(),
             crop_ratio: [3.0 / 4.0, 4.0 / 3.0],
             horizontal_flip: 0.5,
             color_jitter: 0.8,
@@ -119,6 +143,32 @@ pub enum AugmentationError {
 }
 
 impl AugmentationConfig {
+    /// This config once for each choice of sizes; itself if there is none.
+    pub fn choices(&self) -> Vec<Self> {
+        if self.sizes.is_empty() {
+            return vec![self.clone()];
+        }
+        let of = |sizes: &CropSizes| Self {
+            global_crop_size: sizes.global,
+            local_crop_size: sizes.local,
+            gram_crop_size: sizes.gram,
+            sizes: Vec::new(),
+            ..self.clone()
+        };
+        self.sizes.iter().map(of).collect()
+    }
+
+    /// Which of the [`choices`](Self::choices) falls to a draw, in proportion to their shares.
+    pub fn choose(&self, rng: &mut impl Rng) -> usize {
+        let all: f64 = self.sizes.iter().map(|sizes| sizes.share).sum();
+        let mut left = rng.random::<f64>() * all;
+        let found = self.sizes.iter().position(|sizes| {
+            left -= sizes.share;
+            left < 0.0
+        });
+        found.unwrap_or(self.sizes.len().saturating_sub(1))
+    }
+
     /// Checks every value against its range.
     ///
     /// # Errors
@@ -126,6 +176,14 @@ impl AugmentationConfig {
     pub fn validate(&self) -> Result<(), AugmentationError> {
         for (key, size) in [("global_crop_size", self.global_crop_size), ("local_crop_size", self.local_crop_size)] {
             check(key, size as f64, "between 1 and 65535 px", |v| (1.0..=65535.0).contains(&v))?;
+        }
+        check("gram_crop_size", self.gram_crop_size as f64, "at most 65535 px", |v| v <= 65535.0)?;
+        for sizes in &self.sizes {
+            for (key, size) in [("sizes.global", sizes.global), ("sizes.local", sizes.local)] {
+                check(key, size as f64, "between 1 and 65535 px", |v| (1.0..=65535.0).contains(&v))?;
+            }
+            check("sizes.gram", sizes.gram as f64, "at most 65535 px", |v| v <= 65535.0)?;
+            check("sizes.share", sizes.share, "above 0", |v| v > 0.0 && v.is_finite())?;
         }
         check_range("global_crop_scale", self.global_crop_scale, "in (0, 1]", |v| v > 0.0 && v <= 1.0)?;
         check_range("local_crop_scale", self.local_crop_scale, "in (0, 1]", |v| v > 0.0 && v <= 1.0)?;
@@ -207,9 +265,22 @@ mod tests {
     }
 
     #[test]
+    fn sizes_are_drawn_in_proportion_to_their_shares() {
+        let sizes = |global, share| CropSizes { global, local: 8, gram: 0, share };
+        let config = AugmentationConfig { sizes: vec![sizes(16, 3.0), sizes(24, 1.0)], ..Default::default() };
+        let mut rng = <rand::rngs::ChaCha8Rng as rand::SeedableRng>::seed_from_u64(1);
+        let second: usize = (0..4000).map(|_| config.choose(&mut rng)).sum();
+        assert!((900..1100).contains(&second), "{second} of 4000");
+        let choices: Vec<usize> = config.choices().iter().map(|choice| choice.global_crop_size).collect();
+        assert_eq!(choices, [16, 24]);
+        let single = AugmentationConfig::default();
+        assert_eq!((single.choices(), single.choose(&mut rng)), (vec![single.clone()], 0));
+    }
+
+    #[test]
     fn each_value_out_of_range_is_named_with_what_it_must_be() {
         type Change = fn(&mut AugmentationConfig);
-        let cases: [(Change, &str); 18] = [
+        let cases: [(Change, &str); 21] = [
             (|c| c.global_crop_size = 0, "`global_crop_size` is 0,"),
             (|c| c.local_crop_size = 70_000, "`local_crop_size` is 70000,"),
             (|c| c.global_crop_scale = [0.5, 0.2], "`global_crop_scale` is [0.5, 0.2],"),
@@ -227,6 +298,9 @@ mod tests {
             (|c| c.hue = 0.6, "`hue` is 0.6,"),
             (|c| c.blur_sigma = [0.0, 2.0], "`blur_sigma` is [0, 2],"),
             (|c| c.std = [0.2, 0.0, 0.2], "`std` is 0,"),
+            (|c| c.gram_crop_size = 70_000, "`gram_crop_size` is 70000,"),
+            (|c| c.sizes = vec![CropSizes { global: 8, share: 1.0, ..Default::default() }], "`sizes.local` is 0,"),
+            (|c| c.sizes = vec![CropSizes { global: 8, local: 8, ..Default::default() }], "`sizes.share` is 0,"),
             (|c| c.mean[2] = f32::NAN, "`mean` is NaN,"),
         ];
         for (change, expected) in cases {

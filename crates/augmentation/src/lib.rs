@@ -18,7 +18,7 @@ mod resized_crop;
 
 pub use blur::{Blur, BlurKind};
 pub use color::{ColorOp, brightness, contrast, grayscale, saturation};
-pub use config::{AugmentationConfig, AugmentationError};
+pub use config::{AugmentationConfig, AugmentationError, CropSizes};
 pub use evaluation_crop::EvalTransform;
 pub use hue::hue;
 pub use image::RgbImage;

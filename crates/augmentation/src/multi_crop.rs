@@ -21,6 +21,8 @@ pub struct Crops {
     pub global: [RgbImage; 2],
     /// The local crops, square.
     pub local: Vec<RgbImage>,
+    /// The global crops as the Gram teacher sees them, where that is otherwise.
+    pub gram: Option<[RgbImage; 2]>,
 }
 
 /// Everything that is random about one view.
@@ -75,8 +77,12 @@ impl MultiCrop {
             let draws = self.draw(view, image.dimensions(), &mut stream(view));
             self.render_with(&mut scratch, view, image, &draws)
         };
-        let global = [0, 1].map(&mut crop);
-        Crops { global, local: (GLOBAL_VIEWS..self.views()).map(crop).collect() }
+        let [(first, first_gram), (second, second_gram)] = [0, 1].map(&mut crop);
+        Crops {
+            global: [first, second],
+            local: (GLOBAL_VIEWS..self.views()).map(|view| crop(view).0).collect(),
+            gram: first_gram.zip(second_gram).map(|(first, second)| [first, second]),
+        }
     }
 
     /// Draws what happens to a view of an image of `(width, height)` pixels. Views 0 and 1 are global, others local.
@@ -103,7 +109,7 @@ impl MultiCrop {
     /// # Panics
     /// If the box reaches outside the image.
     pub fn render(&self, view: usize, image: &RgbImage, draws: &ViewDraws) -> RgbImage {
-        self.render_with(&mut Scratch::default(), view, image, draws)
+        self.render_with(&mut Scratch::default(), view, image, draws).0
     }
 
     fn draw_jitter(&self, rng: &mut impl Rng) -> Vec<ColorOp> {
@@ -120,26 +126,51 @@ impl MultiCrop {
         steps.into_iter().filter(|&(strength, _)| apply && strength > 0.0).map(|(_, op)| op).collect()
     }
 
-    fn render_with(&self, scratch: &mut Scratch, view: usize, image: &RgbImage, draws: &ViewDraws) -> RgbImage {
+    /// The crop and, of a global view, what the Gram teacher sees of it.
+    ///
+    /// With a Gram crop, both come from one crop of the larger size, as in DINOv3.
+    fn render_with(
+        &self,
+        scratch: &mut Scratch,
+        view: usize,
+        image: &RgbImage,
+        draws: &ViewDraws,
+    ) -> (RgbImage, Option<RgbImage>) {
         let config = &self.config;
-        let side = if view < GLOBAL_VIEWS { config.global_crop_size } else { config.local_crop_size } as u32;
-        let mut crop = scratch.resizer.resized_crop(image, draws.crop, (side, side));
+        let is_global = view < GLOBAL_VIEWS;
+        let side = if is_global { config.global_crop_size } else { config.local_crop_size } as u32;
+        let gram_side = if is_global { config.gram_crop_size } else { 0 } as u32;
+        let base_side = side.max(gram_side);
+        let mut crop = scratch.resizer.resized_crop(image, draws.crop, (base_side, base_side));
         if draws.flip {
             horizontal_flip(&mut crop);
         }
+        let mut gram = None;
+        if gram_side > 0 && !config.gram_crop_distorted {
+            gram = Some(scratch.resizer.resize(&crop, (gram_side, gram_side)));
+            crop = scratch.resizer.resize(&crop, (side, side));
+        }
+        self.distort(scratch, &mut crop, draws);
+        if gram_side > 0 && config.gram_crop_distorted {
+            gram = Some(scratch.resizer.resize(&crop, (gram_side, gram_side)));
+            crop = scratch.resizer.resize(&crop, (side, side));
+        }
+        (crop, gram)
+    }
+
+    fn distort(&self, scratch: &mut Scratch, crop: &mut RgbImage, draws: &ViewDraws) {
         for op in &draws.jitter {
-            op.apply(&mut crop);
+            op.apply(crop);
         }
         if draws.grayscale {
-            grayscale(&mut crop);
+            grayscale(crop);
         }
         if let Some(sigma) = draws.blur_sigma {
-            scratch.blur.apply(&mut crop, config.blur_kind, sigma);
+            scratch.blur.apply(crop, self.config.blur_kind, sigma);
         }
         if draws.solarize {
-            solarize(&mut crop, config.solarize_threshold);
+            solarize(crop, self.config.solarize_threshold);
         }
-        crop
     }
 }
 
@@ -201,6 +232,43 @@ mod tests {
         let recipe = MultiCrop::new(&AugmentationConfig { local_crops: 0, ..small() }).unwrap();
         assert_eq!(recipe.views(), 2);
         assert!(recipe.crops(&photo(40, 30), stream(0)).local.is_empty());
+    }
+
+    #[test]
+    fn the_gram_teacher_sees_the_same_part_of_the_image_at_its_own_size() {
+        // Smooth: clipped colours are not the same before and after a resize.
+        let image =
+            RgbImage::from_fn(120, 90, |x, y| image::Rgb([60 + x as u8, 180 - y as u8, 90 + (x / 4 + y / 2) as u8]));
+        let mut cases = 0;
+        for size in [16, 28, 42] {
+            for distorted in [false, true] {
+                let config = AugmentationConfig {
+                    gram_crop_size: size,
+                    gram_crop_distorted: distorted,
+                    color_jitter: 1.0,
+                    horizontal_flip: 1.0,
+                    ..plain()
+                };
+                let crops = MultiCrop::new(&config).unwrap().crops(&image, stream(5));
+                // The same box without distortion, at the Gram teacher's size.
+                let undistorted = AugmentationConfig {
+                    global_crop_size: size,
+                    gram_crop_size: 0,
+                    color_jitter: if distorted { 1.0 } else { 0.0 },
+                    ..config
+                };
+                let expected = MultiCrop::new(&undistorted).unwrap().crops(&image, stream(5));
+                for (found, expected) in crops.gram.unwrap().iter().zip(&expected.global) {
+                    assert_eq!(found.dimensions(), (size as u32, size as u32));
+                    let off = found.as_raw().iter().zip(expected.as_raw()).map(|(a, b)| a.abs_diff(*b));
+                    let mean = off.map(f64::from).sum::<f64>() / found.as_raw().len() as f64;
+                    assert!(mean < 4.0, "{size} px, distorted {distorted}: off by {mean} levels in the mean");
+                }
+                assert!(crops.global.iter().all(|crop| crop.dimensions() == (28, 28)));
+                cases += 1;
+            }
+        }
+        assert_eq!(cases, 6);
     }
 
     #[test]

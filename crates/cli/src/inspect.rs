@@ -60,6 +60,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         terminal::data(&format!("trained      {steps} steps, {images} images of {}", provenance.data));
         terminal::data(&format!("recipe       {}", provenance.recipe));
         terminal::data(&format!("written by   {}", provenance.software));
+        for score in &provenance.scores {
+            terminal::data(&format!(
+                "score        {} {:.2} % after {} steps",
+                score.name,
+                score.value,
+                count(score.steps)
+            ));
+            terminal::data(&format!("  measured   {}", score.protocol));
+        }
     }
     terminal::data(&format!(
         "images       {} px, mean {:?}, std {:?}",

@@ -2,7 +2,9 @@
 
 mod allocator;
 mod bench;
+mod cache;
 mod device;
+mod embed;
 mod eval;
 mod export;
 mod inspect;
@@ -10,11 +12,13 @@ mod recipes;
 mod table;
 mod terminal;
 mod train;
+mod viz;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use dinoxide_data::DataError;
+use dinoxide_evaluation::EvaluationError;
 use dinoxide_exchange::ExchangeError;
 use dinoxide_onnx::OnnxError;
 
@@ -30,9 +34,16 @@ struct Cli {
 enum Command {
     /// Train a recipe; without arguments, the quickstart on built-in images.
     Train(train::Args),
+    /// Write a frozen teacher's tokens once, for students that then need no teacher.
+    Cache(cache::Args),
     /// Measure what a trained backbone's features are worth.
     #[command(subcommand)]
     Eval(eval::Command),
+    /// Write the features of images: CLS, mean, patch and register tokens, as safetensors.
+    Embed(embed::Args),
+    /// Draw what a backbone sees: components, attention, norms, neighbours, segmentation, depth.
+    #[command(subcommand)]
+    Viz(viz::Command),
     /// Show what weights hold: architecture, origin, parameters, whether they are whole.
     Inspect(inspect::Args),
     /// Write a backbone for another library: Hugging Face, the DINO repositories, timm, ONNX.
@@ -67,6 +78,7 @@ impl std::error::Error for Usage {}
 fn is_usage(error: &anyhow::Error) -> bool {
     error.is::<Usage>()
         || error.downcast_ref::<DataError>().is_some_and(DataError::is_usage)
+        || error.downcast_ref::<EvaluationError>().is_some_and(EvaluationError::is_usage)
         || error.downcast_ref::<ExchangeError>().is_some_and(ExchangeError::is_usage)
         || error.downcast_ref::<OnnxError>().is_some_and(OnnxError::is_usage)
 }
@@ -77,7 +89,10 @@ fn main() -> ExitCode {
     // Parallel operations started from inside the pool need no waking of another thread and no waiting for it.
     let outcome = rayon::scope(|_| match cli.command {
         Command::Train(args) => train::run(&args),
+        Command::Cache(args) => cache::run(&args),
         Command::Eval(command) => eval::run(&command),
+        Command::Embed(args) => embed::run(&args),
+        Command::Viz(command) => viz::run(&command),
         Command::Inspect(args) => inspect::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Bench(command) => bench::run(&command),

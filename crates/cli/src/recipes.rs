@@ -18,8 +18,16 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("vitl14.toml", include_str!("../../../configs/vitl14.toml")),
     ("vits16_dinov3.toml", include_str!("../../../configs/vits16_dinov3.toml")),
     ("vitl16_dinov3.toml", include_str!("../../../configs/vitl16_dinov3.toml")),
+    ("vit7b16_dinov3.toml", include_str!("../../../configs/vit7b16_dinov3.toml")),
+    ("distill_vits16_from_vitl16.toml", include_str!("../../../configs/distill_vits16_from_vitl16.toml")),
+    ("distill_convnext_tiny.toml", include_str!("../../../configs/distill_convnext_tiny.toml")),
+    ("multidistill_vit_s_b.toml", include_str!("../../../configs/multidistill_vit_s_b.toml")),
     ("vitt8_64px.toml", include_str!("../../../configs/vitt8_64px.toml")),
     ("small_64px.toml", include_str!("../../../configs/small_64px.toml")),
+    ("stages_64px.toml", include_str!("../../../configs/stages_64px.toml")),
+    ("distill_vitt8_64px.toml", include_str!("../../../configs/distill_vitt8_64px.toml")),
+    ("distill_convnext_64px.toml", include_str!("../../../configs/distill_convnext_64px.toml")),
+    ("multidistill_64px.toml", include_str!("../../../configs/multidistill_64px.toml")),
     ("base/dino.toml", include_str!("../../../configs/base/dino.toml")),
     ("base/ibot.toml", include_str!("../../../configs/base/ibot.toml")),
     ("base/dinov2.toml", include_str!("../../../configs/base/dinov2.toml")),
@@ -65,14 +73,25 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use dinoxide_trainer::stages;
+
     use super::*;
 
     #[test]
     fn every_built_in_recipe_loads_plans_and_says_what_it_is() {
-        let mut seen = 0;
+        let (mut seen, mut parts) = (0, 0);
         for (name, text) in BUILT_IN {
             let recipe = resolve(name, &[]).unwrap_or_else(|e| panic!("{name}: {e:#}"));
             recipe.value.plan(1_281_167).unwrap_or_else(|e| panic!("{name}: {e}"));
+            for plan in [stages::plan, stages::students] {
+                for stage in plan(&recipe, Path::new("run")).unwrap_or_else(|e| panic!("{name}: {e}")) {
+                    let stage_plan = stage.recipe.value.plan(1_281_167);
+                    stage_plan.unwrap_or_else(|e| panic!("{name}, {}: {e}", stage.name));
+                    parts += 1;
+                }
+            }
             if !name.starts_with("base/") {
                 for part in ["Run:", "Expect:", "arXiv:"] {
                     assert!(text.contains(part), "{name} does not say `{part}`");
@@ -82,7 +101,7 @@ mod tests {
             assert_eq!(again.value, recipe.value, "{name}");
             seen += 1;
         }
-        assert_eq!(seen, 14);
+        assert_eq!((seen, parts), (22, 13));
     }
 
     #[test]

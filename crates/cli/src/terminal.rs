@@ -31,6 +31,8 @@ pub(crate) fn data(text: &str) {
 pub(crate) struct Log {
     file: Option<File>,
     bar: indicatif::ProgressBar,
+    /// All bars that are on the screen at once.
+    bars: indicatif::MultiProgress,
 }
 
 impl Log {
@@ -43,12 +45,18 @@ impl Log {
                 .open(path)
                 .map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
         });
-        Ok(Self { file: file.transpose()?, bar: indicatif::ProgressBar::hidden() })
+        let bars = indicatif::MultiProgress::new();
+        Ok(Self { file: file.transpose()?, bar: indicatif::ProgressBar::hidden(), bars })
+    }
+
+    /// Shows its bar below those of another log.
+    pub(crate) fn beside(self, other: &Self) -> Self {
+        Self { bars: other.bars.clone(), ..self }
     }
 
     /// One line above the progress bar.
     pub(crate) fn line(&mut self, text: &str) {
-        self.bar.suspend(|| eprintln!("{text}"));
+        self.bars.suspend(|| eprintln!("{text}"));
         self.keep(text);
     }
 
@@ -70,8 +78,8 @@ impl Log {
         self.bar.finish_and_clear();
         if self.is_interactive() {
             let style = indicatif::ProgressStyle::with_template(template).expect("a template of ours");
-            self.bar =
-                indicatif::ProgressBar::new(length).with_position(position).with_style(style.progress_chars("━╸ "));
+            let bar = indicatif::ProgressBar::new(length).with_position(position);
+            self.bar = self.bars.add(bar.with_style(style.progress_chars("━╸ ")));
         }
     }
 

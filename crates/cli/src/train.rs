@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use burn::tensor::Device;
 use dinoxide_config::Resolved;
 use dinoxide_trainer::run::{Event, Outcome, SOFTWARE};
-use dinoxide_trainer::{Recipe, train};
+use dinoxide_trainer::stages::{self, Row};
+use dinoxide_trainer::{Recipe, TrainError, train, train_students};
 
 use crate::table::{bytes, count, duration};
 use crate::terminal::Log;
@@ -35,6 +37,17 @@ pub(crate) struct Args {
     /// Go on with the run in this directory, with its own configuration
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
+    /// Start from trained weights: a file or folder of any supported format, or a run directory. Replaces `init.from`; the
+    /// backbone can be held still while the heads learn: `--set schedule.freeze_backbone="2 epochs"`
+    #[arg(long, value_name = "PATH", conflicts_with = "resume")]
+    init: Option<String>,
+    /// Learn from this network, which does not train: a run directory, whose heads give the targets, or weights of any
+    /// supported format, whose features are matched (`[loss.features]`). Replaces `distillation.teacher`
+    #[arg(long, value_name = "PATH", conflicts_with = "resume")]
+    teacher: Option<String>,
+    /// Train this stage of the recipe alone, from `--init`
+    #[arg(long, value_name = "NAME", requires = "init", conflicts_with = "resume")]
+    stage: Option<String>,
     /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `metal`. Too slow on `cpu`: a smaller `model.arch`, fewer
     /// `augmentation.local_crops`, smaller crops
     #[arg(long, value_name = "DEVICE")]
@@ -77,6 +90,10 @@ impl Args {
         for key in ["eval.train", "eval.val"] {
             push(key, self.data.as_ref().map(|_| text("")));
         }
+        if self.stage.is_none() {
+            push("init.from", self.init.as_deref().map(text));
+        }
+        push("distillation.teacher", self.teacher.as_deref().map(text));
         push("run.device", self.device.as_deref().map(text));
         push("train.batch_size", self.batch_size.map(|n| n.to_string()));
         push("train.length", self.length.as_deref().map(text));
@@ -120,6 +137,28 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let device = device::parse(&recipe.value.run.device)?;
     let directory = args.directory();
     let stop = Arc::new(AtomicBool::new(false));
+    stop_on_interrupt(&stop)?;
+
+    if let Some(name) = &args.stage {
+        let init = args.init.as_deref().expect("clap requires it");
+        let stage = stages::alone(&recipe, &directory, name, init).map_err(usage)?;
+        let outcome = run_one(&stage.recipe, &stage.directory, &stage.directory, &device, &stop)?;
+        announce(&outcome);
+        return Ok(exit_code(&outcome));
+    }
+    if !recipe.value.students.is_empty() {
+        return run_students(&recipe, &directory, &device, &stop);
+    }
+    if recipe.value.stages.is_empty() {
+        let outcome = run_one(&recipe, &directory, &directory, &device, &stop)?;
+        announce(&outcome);
+        return Ok(exit_code(&outcome));
+    }
+    run_stages(&recipe, &directory, &device, &stop)
+}
+
+/// Makes Ctrl-C raise the flag; the second one ends the process.
+pub(crate) fn stop_on_interrupt(stop: &Arc<AtomicBool>) -> anyhow::Result<()> {
     let flag = stop.clone();
     ctrlc::set_handler(move || {
         // The second signal is for those who will not wait for the step to end.
@@ -127,38 +166,112 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             std::process::exit(i32::from(exit::INTERRUPTED));
         }
     })
-    .map_err(|e| anyhow::anyhow!("cannot listen for Ctrl-C: {e}"))?;
+    .map_err(|e| anyhow::anyhow!("cannot listen for Ctrl-C: {e}"))
+}
 
-    let mut screen = Screen {
-        log: Log::new(None)?,
-        recipe: &recipe.value,
-        source: &recipe.source,
-        directory: &directory,
-        last_line: None,
-        steps: 0,
-        evaluating: false,
-    };
+/// A step that is not finite is the run's failure; wrong values are the user's.
+pub(crate) fn usage(error: TrainError) -> anyhow::Error {
+    if error.is_usage() { Usage(error.into()).into() } else { error.into() }
+}
+
+fn run_one(
+    recipe: &Resolved<Recipe>,
+    directory: &Path,
+    resume: &Path,
+    device: &Device,
+    stop: &AtomicBool,
+) -> anyhow::Result<Outcome> {
+    let mut screen = Screen::new(recipe, directory)?;
     screen.log.line(&screen.recipe_line());
-    let outcome = train(&recipe, &directory, &device, &stop, &mut |event| screen.show(event));
+    let outcome = train(recipe, directory, device, stop, &mut |event| screen.show(event));
     screen.log.clear();
-    let outcome = outcome.map_err(|error| {
-        // A step that is not finite is the run's failure; wrong values are the user's.
-        if error.is_usage() { Usage(error.into()).into() } else { anyhow::Error::from(error) }
-    });
-    let outcome = match outcome {
-        Ok(outcome) => outcome,
-        Err(error) => {
-            screen.log.keep(&format!("error: {error}"));
-            return Err(error);
+    match outcome {
+        Ok(outcome) => {
+            screen.finish(&outcome, resume);
+            Ok(outcome)
         }
-    };
-    screen.finish(&outcome);
-    Ok(if outcome.interrupted { ExitCode::from(exit::INTERRUPTED) } else { ExitCode::SUCCESS })
+        Err(error) => {
+            let error = usage(error);
+            screen.log.keep(&format!("error: {error}"));
+            Err(error)
+        }
+    }
+}
+
+/// Trains the stages that are not finished, one after the other.
+fn run_stages(
+    recipe: &Resolved<Recipe>,
+    directory: &Path,
+    device: &Device,
+    stop: &AtomicBool,
+) -> anyhow::Result<ExitCode> {
+    let row = Row::open(recipe, directory).map_err(usage)?;
+    let mut log = Log::new(None)?;
+    let mut last = None;
+    for (i, stage) in row.stages.iter().enumerate() {
+        let title = format!("stage      {} of {}: {}", i + 1, row.stages.len(), stage.name);
+        if stage.is_finished()? {
+            log.line(&format!("{title}, finished before"));
+            continue;
+        }
+        log.line(&title);
+        let outcome = run_one(&stage.recipe, &stage.directory, directory, device, stop)?;
+        if outcome.interrupted {
+            return Ok(exit_code(&outcome));
+        }
+        let teacher = row.keep_teacher(&outcome.teacher)?;
+        log.line(&format!("backbone   {}", teacher.display()));
+        last = Some(outcome);
+    }
+    last.iter().for_each(announce);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Trains the students of one teacher side by side.
+fn run_students(
+    recipe: &Resolved<Recipe>,
+    directory: &Path,
+    device: &Device,
+    stop: &AtomicBool,
+) -> anyhow::Result<ExitCode> {
+    let row = Row::of_students(recipe, directory).map_err(usage)?;
+    let mut screens = Vec::<Screen<'_>>::new();
+    for student in &row.stages {
+        let mut screen = Screen::new(&student.recipe, &student.directory)?;
+        screen.name = Some(&student.name);
+        if let Some(first) = screens.first() {
+            screen.log = screen.log.beside(&first.log);
+        }
+        screens.push(screen);
+    }
+    let outcomes = train_students(recipe, &row.stages, device, stop, &mut |i, event| {
+        if matches!(event, Event::Started { .. }) {
+            let line = screens[i].recipe_line();
+            screens[i].log.line(&line);
+        }
+        screens[i].show(event);
+    });
+    screens.iter_mut().for_each(|screen| screen.log.clear());
+    let outcomes = outcomes.map_err(usage)?;
+    for (screen, outcome) in screens.iter_mut().zip(&outcomes) {
+        screen.log.line(&screen.recipe_line());
+        screen.finish(outcome, directory);
+        if let (Some(name), Some(line)) = (screen.name, change(outcome).filter(|_| !outcome.interrupted)) {
+            terminal::data(&format!("{name}: {line}"));
+        }
+    }
+    Ok(outcomes.first().map_or(ExitCode::SUCCESS, exit_code))
+}
+
+fn exit_code(outcome: &Outcome) -> ExitCode {
+    if outcome.interrupted { ExitCode::from(exit::INTERRUPTED) } else { ExitCode::SUCCESS }
 }
 
 /// What the terminal shows of a run.
 struct Screen<'a> {
     log: Log,
+    /// Of the student, where there are several.
+    name: Option<&'a str>,
     recipe: &'a Recipe,
     /// Where the recipe is from.
     source: &'a str,
@@ -173,16 +286,30 @@ const EVALUATING: &str = "{bar:28} k-NN {pos}/{len} images";
 /// Seconds between plain lines when there is no bar.
 const LINE_EVERY: f64 = 10.0;
 
-impl Screen<'_> {
+impl<'a> Screen<'a> {
+    fn new(recipe: &'a Resolved<Recipe>, directory: &'a Path) -> anyhow::Result<Self> {
+        Ok(Self {
+            log: Log::new(None)?,
+            name: None,
+            recipe: &recipe.value,
+            source: &recipe.source,
+            directory,
+            last_line: None,
+            steps: 0,
+            evaluating: false,
+        })
+    }
+
     fn recipe_line(&self) -> String {
-        format!("recipe     {}", self.source)
+        let student = self.name.map_or(String::new(), |name| format!(", student {name}"));
+        format!("recipe     {}{student}", self.source)
     }
 
     fn show(&mut self, event: Event<'_>) {
         match event {
             Event::Started { plan, backbone_parameters, head_parameters, classes, resumed, monitored } => {
                 if let Ok(log) = Log::new(Some(&self.directory.join("log.txt"))) {
-                    self.log = log;
+                    self.log = log.beside(&self.log);
                     // It was shown before there was a run directory.
                     let line = self.recipe_line();
                     self.log.keep(&line);
@@ -233,6 +360,7 @@ impl Screen<'_> {
                 self.steps = plan.steps;
                 self.log.bar(plan.steps, resumed.unwrap_or(0), TRAINING);
             }
+            Event::Note(note) => self.log.line(&format!("note       {note}")),
             Event::DamagedCheckpoint { path, reason } => {
                 self.log.line(&format!(
                     "warning: {} is damaged ({reason}); falling back to the one before it",
@@ -256,7 +384,8 @@ impl Screen<'_> {
                     .filter_map(|(name, v)| Some(format!("{name} {:.3}", v?)))
                     .collect();
                 let message = format!(
-                    "loss {:.4} ({})  {images_per_second:.1} img/s  wait {:.0} %  {}  eta {}",
+                    "{}loss {:.4} ({})  {images_per_second:.1} img/s  wait {:.0} %  {}  eta {}",
+                    self.name.map_or(String::new(), |name| format!("{name}: ")),
                     report.losses.total,
                     terms.join(", "),
                     100.0 * data_wait,
@@ -302,7 +431,7 @@ impl Screen<'_> {
         }
     }
 
-    fn finish(&mut self, outcome: &Outcome) {
+    fn finish(&mut self, outcome: &Outcome, resume: &Path) {
         let state = if outcome.interrupted { "stopped" } else { "finished" };
         self.log.line(&format!(
             "{state}   {} steps, {} images in {}: {:.1} img/s, at most {}",
@@ -314,15 +443,25 @@ impl Screen<'_> {
         ));
         self.log.line(&format!("backbone   {}", outcome.teacher.display()));
         if outcome.interrupted {
-            let resume = format!("dinoxide train --resume {}", self.directory.display());
-            self.log.line(&format!("go on with `{resume}`"));
-        } else if let (Some(before), Some(last)) = (outcome.first_knn, &outcome.last) {
-            let line = format!(
-                "k-NN accuracy: {before:.2} % before training, {:.2} % after (chance {:.2} %)",
-                last.knn.top1, last.knn.chance
-            );
+            self.log.line(&format!("go on with `dinoxide train --resume {}`", resume.display()));
+        } else if let Some(line) = change(outcome) {
             self.log.keep(&line);
-            terminal::data(&line);
         }
+    }
+}
+
+/// What training did to k-NN accuracy, where it was measured.
+fn change(outcome: &Outcome) -> Option<String> {
+    let (before, last) = (outcome.first_knn?, outcome.last.as_ref()?);
+    Some(format!(
+        "k-NN accuracy: {before:.2} % before training, {:.2} % after (chance {:.2} %)",
+        last.knn.top1, last.knn.chance
+    ))
+}
+
+/// The result on stdout: the change of k-NN accuracy.
+fn announce(outcome: &Outcome) {
+    if let Some(line) = change(outcome).filter(|_| !outcome.interrupted) {
+        terminal::data(&line);
     }
 }

@@ -16,9 +16,10 @@ use dinoxide_model::weights::host;
 use dinoxide_model::{Architecture, HeadConfig, ModelConfig, parameters};
 use dinoxide_random::{Purpose, stream};
 use dinoxide_trainer::batch::Batch;
+use dinoxide_trainer::loss::{Centering, LossConfig};
 use dinoxide_trainer::optimizer::OptimConfig;
 use dinoxide_trainer::schedule::Scheduled;
-use dinoxide_trainer::step::{Centering, LossConfig, StepReport, TrainState, train_step};
+use dinoxide_trainer::step::{StepReport, TrainState, train_step};
 use rand::RngExt;
 
 const BATCH: usize = 3;
@@ -61,7 +62,9 @@ fn batch(key: u64, device: &Device) -> Batch {
         ids: (0..BATCH).map(|i| i.to_string()).collect(),
         global: noise(2, SIZES.0, 2 * key, device),
         local: Some(noise(LOCALS, SIZES.1, 2 * key + 1, device)),
+        gram: None,
         masks: batch_masks(2 * BATCH, (SIZES.0[0] / PATCH, SIZES.0[1] / PATCH), &mask, &mut rng),
+        tokens: None,
     }
 }
 
@@ -81,10 +84,12 @@ fn train(position: Position, centering: Centering, device: &Device) -> (Vec<Step
             step,
             lr: 1e-3,
             last_layer_frozen: false,
+            backbone_frozen: false,
             weight_decay: 0.04,
             teacher_momentum: 0.9,
             teacher_temp: 0.06,
             teacher_patch_temp: 0.05,
+            refresh_gram_teacher: false,
         };
         train_step(&mut state, &batch(step, device), &draws, &losses, at).expect("finite losses")
     });

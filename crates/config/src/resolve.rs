@@ -73,6 +73,17 @@ where
         let library = Library { search: &[], built_in: &[] };
         resolve(&chain(Text::given(label, text), library)?, &[])
     }
+
+    /// This recipe with further texts laid over it, each with the label that stands for it in messages and origins.
+    ///
+    /// # Errors
+    /// As [`from_text`](Self::from_text).
+    pub fn laid_over(&self, layers: &[(String, String)]) -> Result<Self, ConfigError> {
+        let mut texts: Vec<Text> = layers.iter().rev().map(|(label, text)| Text::given(label, text)).collect();
+        texts.push(Text::given(&self.source, &self.to_annotated_toml()));
+        let resolved = resolve(&texts, &[])?;
+        Ok(Self { source: self.source.clone(), ..resolved })
+    }
 }
 
 /// `texts` from the named one to its base.
@@ -220,6 +231,18 @@ mod tests {
             "mixed.toml:2:10: unknown key `schedule.end`\n\nhint: each part of the recipe is valid alone, the parts \
              together are not; see which keys of this table the others set"
         );
+    }
+
+    #[test]
+    fn what_is_laid_over_a_recipe_wins_and_is_checked() {
+        let (_, resolved) = layered();
+        let over = |text: &str| resolved.laid_over(&[("stage".to_owned(), text.to_owned())]);
+        let changed = over("[optim]\nweight_decay = 0.7\n").unwrap();
+        assert_eq!((changed.value.optim.weight_decay, changed.value.optim.base_lr), (0.7, 0.001));
+        assert_eq!(changed.origins.get("optim.weight_decay").unwrap().to_string(), "stage:2");
+        assert_eq!(changed.source, resolved.source);
+        let error = over("[optim]\nweight_decat = 0.7\n").unwrap_err().to_string();
+        assert!(error.starts_with("stage:2:1: unknown key `optim.weight_decat`"), "{error}");
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl DecodeLimits {
         Ok(())
     }
 
-    fn check(&self, width: u32, height: u32) -> Result<(), DecodeError> {
+    pub(crate) fn check(&self, width: u32, height: u32) -> Result<(), DecodeError> {
         if width.min(height) < self.min_side {
             return Err(DecodeError::TooSmall { width, height, min_side: self.min_side });
         }
@@ -68,7 +68,7 @@ impl DecodeLimits {
     }
 
     /// What a decoder may set aside: 16-bit RGBA pixels and as much again for its work.
-    fn max_alloc(&self) -> u64 {
+    pub(crate) fn max_alloc(&self) -> u64 {
         self.max_pixels.saturating_mul(16).max(64 << 20)
     }
 }

@@ -84,6 +84,51 @@ pub enum DataError {
         /// What may stand there.
         expected: &'static str,
     },
+    /// A pattern that selects images by name.
+    #[error("data: pattern `{pattern}`: {reason}")]
+    Pattern {
+        /// The pattern as given.
+        pattern: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Images and maps of which no two belong together.
+    #[error(
+        "data: `{}`: {images} image(s) and {maps} {noun}(s), no name in common\n\n\
+         hint: put them into `img/` and `{folder}/` under the same names, or `NAME{ending}.png` beside `NAME.jpg`, or name \
+         both folders", .path.display()
+    )]
+    NoPairs {
+        /// The folder.
+        path: PathBuf,
+        /// Images found.
+        images: usize,
+        /// Maps found.
+        maps: usize,
+        /// What the maps are called.
+        noun: &'static str,
+        /// The folder in which they would be found.
+        folder: &'static str,
+        /// What would be found beside an image.
+        ending: &'static str,
+    },
+    /// A list of names to use has one that is not there.
+    #[error(
+        "data: `{}`: `{name}` is listed, but there is no image and {noun} of that name ({missing} of {listed} names)",
+        .list.display()
+    )]
+    ListedButMissing {
+        /// The list.
+        list: PathBuf,
+        /// The first name without a pair.
+        name: String,
+        /// How many have none.
+        missing: usize,
+        /// How many are listed.
+        listed: usize,
+        /// What the maps are called.
+        noun: &'static str,
+    },
     /// A value in the configuration is out of range.
     #[error("data: `{key}` is {value}, expected {expected}")]
     Config {
@@ -131,6 +176,9 @@ impl DataError {
             | Self::NoImages { .. }
             | Self::UnknownKey { .. }
             | Self::BadSpec { .. }
+            | Self::Pattern { .. }
+            | Self::NoPairs { .. }
+            | Self::ListedButMissing { .. }
             | Self::Config { .. } => true,
             Self::Unreadable { .. } | Self::NothingReadable { .. } | Self::TooManyBad { .. } => false,
         }

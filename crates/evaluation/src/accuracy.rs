@@ -34,6 +34,13 @@ impl RankCounter {
     }
 }
 
+/// The accuracy of samples whose true classes have these ranks.
+pub(crate) fn accuracy_of(ranks: &[Option<usize>], num_classes: usize) -> Accuracy {
+    let mut counter = RankCounter::default();
+    ranks.iter().for_each(|&rank| counter.add(rank));
+    counter.accuracy(num_classes)
+}
+
 /// How many classes are ahead of `class`: those with a higher score, and of equal ones those with a lower number.
 /// `None` if the score is NaN.
 pub(crate) fn rank<T: PartialOrd + Copy>(scores: &[T], class: usize) -> Option<usize> {

@@ -15,6 +15,47 @@ pub enum EvaluationError {
         /// Why.
         message: String,
     },
+    /// An image whose mask or depth map does not fit.
+    #[error("`{id}`: {message}")]
+    Annotation {
+        /// The image.
+        id: String,
+        /// What is wrong, with what to do.
+        message: String,
+    },
+    /// Depth maps without a single depth that counts.
+    #[error(
+        "depth: none of the {maps} depth map(s) has a depth between {min} and {max} m; the largest is {largest} m\n\n\
+         hint: 0 is read as missing; `--depth-scale` says how many metres a value of 1 is (0.001 for millimetres)"
+    )]
+    NoDepth {
+        /// How many maps.
+        maps: usize,
+        /// The largest depth, in metres.
+        largest: f32,
+        /// The least that counts.
+        min: f32,
+        /// The greatest that counts.
+        max: f32,
+    },
+    /// The temporary file failed.
+    #[error("temporary file: {message}\n\nhint: the environment variable `TMPDIR` names the folder that it is in")]
+    Scratch {
+        /// The system's words.
+        message: String,
+    },
+    /// A head whose loss is not finite.
+    #[error(
+        "{task}: the loss is not finite at iteration {iteration}\n\nhint: lower the learning rate, {learning_rate:e}"
+    )]
+    HeadDiverged {
+        /// The evaluation.
+        task: &'static str,
+        /// The iteration.
+        iteration: usize,
+        /// The highest learning rate.
+        learning_rate: f64,
+    },
     /// Nothing to extract features from.
     #[error("features: none of the {} image(s) can be read{}", rejected.len(), first_of(rejected))]
     NothingReadable {
@@ -66,6 +107,19 @@ pub enum EvaluationError {
         rows_affected: usize,
         /// All rows.
         rows: usize,
+    },
+    /// NaN or infinity among the features of an image.
+    #[error(
+        "features: a value of `{image}` is {value} ({})\n\nhint: the backbone produced it; check its weights, and that image",
+        plural(*images_affected, "image is affected", "images are affected")
+    )]
+    NonFiniteImage {
+        /// The first such image.
+        image: String,
+        /// The value.
+        value: f32,
+        /// Images with such a value.
+        images_affected: usize,
     },
     /// Feature matrices to be concatenated describe different numbers of samples.
     #[error("features: cannot concatenate part {part} of {rows} rows with part 0 of {expected} rows")]
@@ -150,6 +204,34 @@ pub enum EvaluationError {
         k: usize,
         /// Train samples that may be neighbours.
         available: usize,
+    },
+    /// A class with fewer samples than are to be drawn.
+    #[error(
+        "few-shot: class {class} has {available} train samples, {shots} are to be drawn\n\nhint: ask for at most {available}, or add train samples"
+    )]
+    TooFewShots {
+        /// The class.
+        class: u32,
+        /// Its train samples.
+        available: usize,
+        /// Samples to draw.
+        shots: usize,
+    },
+    /// No query has an image to be found.
+    #[error(
+        "retrieval: none of the {queries} queries has a relevant image among the {gallery} images to search\n\n         hint: check what makes an image relevant: the class, or the folders it lies in"
+    )]
+    NothingRelevant {
+        /// Queries.
+        queries: usize,
+        /// Images to search.
+        gallery: usize,
+    },
+    /// A ground-truth file that does not fit itself or the images.
+    #[error("ground truth: {message}")]
+    GroundTruth {
+        /// What does not fit.
+        message: String,
     },
     /// A setting outside its range.
     #[error("{task}: `{key}` is {value}, it must be {expected}")]
@@ -276,6 +358,27 @@ pub enum EvaluationError {
         /// Its own words.
         message: String,
     },
+}
+
+impl EvaluationError {
+    /// Whether what was asked for is at fault: settings, or sets that the evaluation cannot be made of.
+    pub fn is_usage(&self) -> bool {
+        matches!(
+            self,
+            Self::Extraction { .. }
+                | Self::Unlabelled
+                | Self::BlockCount { .. }
+                | Self::ClassCountMismatch { .. }
+                | Self::SingleClass { .. }
+                | Self::UnseenClasses { .. }
+                | Self::TooFewNeighbors { .. }
+                | Self::TooFewShots { .. }
+                | Self::NothingRelevant { .. }
+                | Self::GroundTruth { .. }
+                | Self::Setting { .. }
+                | Self::NothingToHoldOut { .. }
+        )
+    }
 }
 
 fn plural(count: usize, one: &str, many: &str) -> String {

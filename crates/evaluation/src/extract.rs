@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_augmentation::{EvalTransform, Resizer, RgbImage, normalize};
 use dinoxide_data::{Rejected, Source};
-use dinoxide_model::{Backbone, weights::host};
+use dinoxide_model::{Architecture, Backbone, LayerFeatures, weights::host};
 use rayon::prelude::*;
 
 use crate::{EvaluationError, Features, LabeledFeatures};
@@ -58,7 +58,17 @@ impl Extracted {
     }
 }
 
-/// Runs `backbone` over the images `indices` of `source`. Images that cannot be read are left out and listed.
+/// Tokens of the readable images of one forward.
+#[derive(Debug)]
+pub struct Batch {
+    /// The index in the source of each row.
+    pub indices: Vec<usize>,
+    /// Tokens of the last blocks after the final norm, oldest block first. Not checked to be finite.
+    pub layers: Vec<LayerFeatures>,
+}
+
+/// Runs `backbone` over the images `indices` of `source` and collects their features. Images that cannot be read are left
+/// out and listed.
 ///
 /// `progress` is called with the number of images done.
 ///
@@ -72,27 +82,55 @@ pub fn extract(
     device: &Device,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Extracted, EvaluationError> {
-    let architecture = backbone.architecture();
-    let depth = architecture.layers();
-    let extraction = |message: String| EvaluationError::Extraction { message };
-    let transform = EvalTransform::new(how.resize_px, how.crop_px).map_err(|e| extraction(e.to_string()))?;
-    architecture.grid(how.crop_px, how.crop_px).map_err(|e| extraction(e.to_string()))?;
-    if how.last_blocks == 0 || how.last_blocks > depth {
-        return Err(EvaluationError::BlockCount { asked: how.last_blocks, available: depth });
-    }
-    let channels = architecture.in_channels();
-    if channels != 3 {
-        return Err(extraction(format!("the backbone takes images of {channels} channels, these have 3")));
-    }
-    if how.batch == 0 {
-        return Err(extraction("a forward of 0 images".into()));
-    }
-    let layers: Vec<usize> = (depth - how.last_blocks..depth).collect();
-
-    let mut cls = vec![Vec::new(); layers.len()];
+    let mut cls = vec![Vec::new(); how.last_blocks];
     let mut patch_mean = Vec::new();
     let mut rows = Vec::with_capacity(indices.len());
-    let mut rejected = Vec::new();
+    let rejected = for_each_batch(backbone, source, indices, how, device, progress, &mut |batch| {
+        for (into, layer) in cls.iter_mut().zip(&batch.layers) {
+            into.extend(host(layer.cls.clone().reshape([-1])));
+        }
+        let last = batch.layers.into_iter().next_back().expect("at least one block");
+        patch_mean.extend(host(last.patches.mean_dim(1).reshape([-1])));
+        rows.extend(batch.indices);
+        Ok(())
+    })?;
+    if rows.is_empty() {
+        return Err(EvaluationError::NothingReadable { rejected });
+    }
+    let features = |values: Vec<f32>| {
+        Features::new(rows.len(), values.len() / rows.len(), values).map_err(|error| match error {
+            EvaluationError::NonFinite { row, value, rows_affected, .. } => {
+                EvaluationError::NonFiniteImage { image: source.id(rows[row]), value, images_affected: rows_affected }
+            }
+            other => other,
+        })
+    };
+    Ok(Extracted {
+        cls: cls.into_iter().map(features).collect::<Result<_, _>>()?,
+        patch_mean: features(patch_mean)?,
+        indices: rows.clone(),
+        rejected,
+    })
+}
+
+/// Runs `backbone` over the images `indices` of `source`, batch by batch, so that only one batch of tokens exists at a time.
+/// Images that cannot be read are left out and returned.
+///
+/// `progress` is called with the number of images done.
+///
+/// # Errors
+/// Sizes that do not fit, or whatever `visit` returns.
+pub fn for_each_batch<E: From<EvaluationError>>(
+    backbone: &Backbone,
+    source: &dyn Source,
+    indices: &[usize],
+    how: &Extraction,
+    device: &Device,
+    progress: &mut dyn FnMut(usize),
+    visit: &mut dyn FnMut(Batch) -> Result<(), E>,
+) -> Result<Vec<Rejected>, E> {
+    let (transform, layers) = how.check(&backbone.architecture())?;
+    let (mut done, mut rejected) = (0, Vec::new());
     for chunk in indices.chunks(how.batch) {
         let read: Vec<Result<RgbImage, Rejected>> = chunk
             .par_iter()
@@ -102,6 +140,7 @@ pub fn extract(
             })
             .collect();
         let mut images = Vec::with_capacity(chunk.len());
+        let mut rows = Vec::with_capacity(chunk.len());
         for (&index, outcome) in chunk.iter().zip(read) {
             match outcome {
                 Ok(image) => {
@@ -115,23 +154,31 @@ pub fn extract(
             let side = how.crop_px;
             let pixels = normalize(images.iter(), (side as u32, side as u32), how.mean, how.std);
             let pixels = Tensor::from_data(TensorData::new(pixels, [images.len(), 3, side, side]), device);
-            let found = backbone.forward_layers(pixels, &layers, true);
-            for (into, layer) in cls.iter_mut().zip(&found) {
-                into.extend(host(layer.cls.clone().reshape([-1])));
-            }
-            let last = found.into_iter().next_back().expect("at least one block");
-            patch_mean.extend(host(last.patches.mean_dim(1).reshape([-1])));
+            visit(Batch { indices: rows, layers: backbone.forward_layers(pixels, &layers, true) })?;
         }
-        progress(rows.len() + rejected.len());
+        done += chunk.len();
+        progress(done);
     }
-    if rows.is_empty() {
-        return Err(EvaluationError::NothingReadable { rejected });
+    Ok(rejected)
+}
+
+impl Extraction {
+    /// Checks that a backbone can take what is asked for, before any image is read: the transform, and the layers.
+    fn check(&self, architecture: &Architecture) -> Result<(EvalTransform, Vec<usize>), EvaluationError> {
+        let depth = architecture.layers();
+        let extraction = |message: String| EvaluationError::Extraction { message };
+        let transform = EvalTransform::new(self.resize_px, self.crop_px).map_err(|e| extraction(e.to_string()))?;
+        architecture.grid(self.crop_px, self.crop_px).map_err(|e| extraction(e.to_string()))?;
+        if self.last_blocks == 0 || self.last_blocks > depth {
+            return Err(EvaluationError::BlockCount { asked: self.last_blocks, available: depth });
+        }
+        let channels = architecture.in_channels();
+        if channels != 3 {
+            return Err(extraction(format!("the backbone takes images of {channels} channels, these have 3")));
+        }
+        if self.batch == 0 {
+            return Err(extraction("a forward of 0 images".into()));
+        }
+        Ok((transform, (depth - self.last_blocks..depth).collect()))
     }
-    let features = |values: Vec<f32>| Features::new(rows.len(), values.len() / rows.len(), values);
-    Ok(Extracted {
-        cls: cls.into_iter().map(features).collect::<Result<_, _>>()?,
-        patch_mean: features(patch_mean)?,
-        indices: rows.clone(),
-        rejected,
-    })
 }

@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     accuracy::{Accuracy, RankCounter, rank},
+    bootstrap::{Interval, mean_intervals},
     error::EvaluationError,
+    few_shot::{FewShot, FewShotScore, few_shot},
     labels::{LabeledFeatures, check_pair},
     neighbors::{Neighbor, search},
     protocol::{FeatureSource, Method, Protocol, Report},
@@ -28,11 +30,14 @@ pub struct KnnConfig {
     pub temperature: f64,
     /// Leave out the nearest neighbour of each val sample. For val sets that are part of train, where it is the sample itself.
     pub skip_first: bool,
+    /// Also score with a few train samples of each class.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub few_shot: Option<FewShot>,
 }
 
 impl Default for KnnConfig {
     fn default() -> Self {
-        Self { k: vec![10, 20, 100, 200], temperature: 0.07, skip_first: false }
+        Self { k: vec![10, 20, 100, 200], temperature: 0.07, skip_first: false, few_shot: None }
     }
 }
 
@@ -45,6 +50,8 @@ pub struct KnnScore {
     /// of samples that have their class among their neighbours.
     #[serde(flatten)]
     pub accuracy: Accuracy,
+    /// Of top-1.
+    pub interval: Interval,
 }
 
 /// Result of [`knn()`].
@@ -52,6 +59,9 @@ pub struct KnnScore {
 pub struct KnnScores {
     /// One score for each `k`, in the order of the settings.
     pub by_k: Vec<KnnScore>,
+    /// Scores with a few train samples of each class, where asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub few_shot: Vec<FewShotScore>,
     /// For each `k` the predicted class of every val sample. Not part of the JSON result.
     #[serde(skip)]
     pub predictions: Vec<Vec<u32>>,
@@ -73,23 +83,40 @@ pub fn knn(
 ) -> Result<Report<KnnScores>, EvaluationError> {
     check(train, val, config)?;
     let num_classes = train.num_classes();
-    let outcomes = search(train.features(), val.features(), config.searched(), device, |row, neighbors| {
+    let outcomes = outcomes(train, val, config, device)?;
+    let hits: Vec<f32> =
+        outcomes.iter().flatten().map(|(_, rank)| if *rank == Some(0) { 100.0 } else { 0.0 }).collect();
+    let intervals = mean_intervals(&hits, config.k.len());
+    let mut by_k = Vec::with_capacity(config.k.len());
+    let mut predictions = Vec::with_capacity(config.k.len());
+    for (i, (&k, interval)) in config.k.iter().zip(intervals).enumerate() {
+        let mut counter = RankCounter::default();
+        outcomes.iter().for_each(|outcome| counter.add(outcome[i].1));
+        by_k.push(KnnScore { k, accuracy: counter.accuracy(num_classes), interval });
+        predictions.push(outcomes.iter().map(|outcome| outcome[i].0).collect());
+    }
+    let few_shot = match &config.few_shot {
+        Some(settings) => few_shot(train, val, settings, config, device)?,
+        None => Vec::new(),
+    };
+    let method = Method::Knn(config.clone());
+    let protocol = Protocol::new(method, vec![source.clone()], Some(train.rows()), val.rows(), Some(num_classes));
+    Ok(Report { protocol, scores: KnnScores { by_k, few_shot, predictions } })
+}
+
+/// For every val sample and each `k`, the predicted class and the rank of the true one. The settings have been checked.
+pub(crate) fn outcomes(
+    train: &LabeledFeatures,
+    val: &LabeledFeatures,
+    config: &KnnConfig,
+    device: &Device,
+) -> Result<Vec<Vec<(u32, Option<usize>)>>, EvaluationError> {
+    search(train.features(), val.features(), config.searched(), device, |row, neighbors| {
         let label = val.labels()[row] as usize;
         let mut outcome = Vec::with_capacity(config.k.len());
         for_each_k(neighbors, train, config, |scores| outcome.push(judge(scores, label)));
         outcome
-    })?;
-    let mut by_k = Vec::with_capacity(config.k.len());
-    let mut predictions = Vec::with_capacity(config.k.len());
-    for (i, &k) in config.k.iter().enumerate() {
-        let mut counter = RankCounter::default();
-        outcomes.iter().for_each(|outcome| counter.add(outcome[i].1));
-        by_k.push(KnnScore { k, accuracy: counter.accuracy(num_classes) });
-        predictions.push(outcomes.iter().map(|outcome| outcome[i].0).collect());
-    }
-    let method = Method::Knn(config.clone());
-    let protocol = Protocol::new(method, vec![source.clone()], Some(train.rows()), val.rows(), Some(num_classes));
-    Ok(Report { protocol, scores: KnnScores { by_k, predictions } })
+    })
 }
 
 /// The class scores that [`knn()`] ranks: for each `k` a row-major matrix.
@@ -115,6 +142,28 @@ pub fn class_scores(
 }
 
 impl KnnConfig {
+    /// Checks the settings for a train set of `train_rows` samples, before any feature is extracted.
+    ///
+    /// # Errors
+    /// Settings out of range, or a `k` above the number of samples to choose from.
+    pub fn validate(&self, train_rows: usize) -> Result<(), EvaluationError> {
+        let mut distinct = self.k.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        if self.k.is_empty() || distinct.len() != self.k.len() || distinct.first() == Some(&0) {
+            return Err(setting("k", &self.k, "a list of different numbers, each at least 1"));
+        }
+        if !(self.temperature > 0.0 && self.temperature.is_finite()) {
+            return Err(setting("temperature", self.temperature, "above 0 and finite"));
+        }
+        self.few_shot.as_ref().map_or(Ok(()), FewShot::check)?;
+        let available = train_rows - usize::from(self.skip_first);
+        match distinct.last() {
+            Some(&k) if k > available => Err(EvaluationError::TooFewNeighbors { k, available }),
+            _ => Ok(()),
+        }
+    }
+
     /// Neighbours to search for. The settings have been checked, so there is a `k`.
     fn searched(&self) -> usize {
         self.k.iter().copied().max().unwrap_or(0) + usize::from(self.skip_first)
@@ -126,21 +175,8 @@ fn setting(key: &'static str, value: impl std::fmt::Debug, expected: &'static st
 }
 
 fn check(train: &LabeledFeatures, val: &LabeledFeatures, config: &KnnConfig) -> Result<(), EvaluationError> {
-    let mut distinct = config.k.clone();
-    distinct.sort_unstable();
-    distinct.dedup();
-    if config.k.is_empty() || distinct.len() != config.k.len() || distinct.first() == Some(&0) {
-        return Err(setting("k", &config.k, "a list of different numbers, each at least 1"));
-    }
-    if !(config.temperature > 0.0 && config.temperature.is_finite()) {
-        return Err(setting("temperature", config.temperature, "above 0 and finite"));
-    }
-    check_pair(train, val)?;
-    let available = train.rows() - usize::from(config.skip_first);
-    match distinct.last() {
-        Some(&k) if k > available => Err(EvaluationError::TooFewNeighbors { k, available }),
-        _ => Ok(()),
-    }
+    config.validate(train.rows())?;
+    check_pair(train, val)
 }
 
 /// Calls `visit` with the class scores for each `k`, in the order of the settings.
@@ -214,7 +250,9 @@ mod tests {
                 cases += 1;
             }
             let expected = Accuracy { top1: 100.0 * first as f64 / 37.0, top5: Some(100.0 * five as f64 / 37.0) };
-            assert_eq!(report.scores.by_k[i], KnnScore { k, accuracy: expected });
+            let score = &report.scores.by_k[i];
+            assert_eq!((score.k, score.accuracy), (k, expected));
+            assert!(score.interval.low < expected.top1 && expected.top1 < score.interval.high);
             assert!(expected.top1 > 20.0 && expected.top1 < 100.0, "the data should be neither trivial nor hopeless");
         }
         assert_eq!(cases, 4 * 37);
@@ -260,7 +298,8 @@ mod tests {
         let skipping = KnnConfig { k: vec![12], skip_first: true, ..Default::default() };
         assert_eq!(run(skipping), EvaluationError::TooFewNeighbors { k: 12, available: 11 });
         let wider = clustered(3, 5, 6, 1.0, 2);
-        let error = knn(&train, &wider, &test_source(), &KnnConfig::default(), &Device::flex()).unwrap_err();
+        let config = KnnConfig { k: vec![2], ..Default::default() };
+        let error = knn(&train, &wider, &test_source(), &config, &Device::flex()).unwrap_err();
         assert_eq!(error, EvaluationError::DimMismatch { train: 4, val: 6 });
     }
 }

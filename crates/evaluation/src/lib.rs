@@ -8,14 +8,23 @@
 //! - [`mod@knn`]: weighted k-nearest neighbours, no training.
 //! - [`mod@linear`]: linear classifiers trained by SGD, a grid of learning rates at once.
 //! - [`mod@logistic`]: multinomial logistic regression to convergence, a grid of regularisation strengths.
+//! - [`mod@retrieval`], [`mod@revisited`]: rankings of a gallery by similarity.
+//! - [`mod@kmeans`], [`mod@clustering`]: clusters without labels, and how they agree with classes.
+//! - [`bootstrap`]: confidence intervals of all of these.
 //! - [`mod@spectrum`]: effective rank and other signs of collapse, no labels.
+//! - [`dense`]: segmentation, depth, video and figure/ground from patch tokens.
 //! - [`segmentation`], [`depth`]: the arithmetic of the dense-prediction metrics.
 
 pub mod accuracy;
+pub mod bootstrap;
+pub mod clustering;
+pub mod dense;
 pub mod depth;
 pub mod error;
 pub mod extract;
 pub mod features;
+pub mod few_shot;
+pub mod kmeans;
 pub mod knn;
 pub mod labels;
 mod lbfgs;
@@ -25,6 +34,8 @@ pub mod logistic;
 pub mod logistic_model;
 pub mod neighbors;
 pub mod protocol;
+pub mod retrieval;
+pub mod revisited;
 pub mod segmentation;
 pub mod selection;
 pub mod spectrum;
@@ -33,9 +44,13 @@ mod test_data;
 mod top_k;
 
 pub use accuracy::Accuracy;
+pub use bootstrap::Interval;
+pub use clustering::{ClusteringScores, clustering};
 pub use error::EvaluationError;
-pub use extract::{Extracted, Extraction, extract};
+pub use extract::{Batch, Extracted, Extraction, extract, for_each_batch};
 pub use features::Features;
+pub use few_shot::{FewShot, FewShotScore};
+pub use kmeans::{KMeansConfig, kmeans};
 pub use knn::{KnnConfig, KnnScores, knn};
 pub use labels::LabeledFeatures;
 pub use linear::{FeatureSet, LinearConfig, LinearProgress, LinearScores, linear};
@@ -43,6 +58,8 @@ pub use logistic::{LogisticConfig, LogisticScores, logistic};
 pub use logistic_model::{LogisticModel, fit_logistic};
 pub use neighbors::{Neighbor, nearest_neighbors};
 pub use protocol::{FeatureSource, Method, Protocol, Report, Token};
+pub use retrieval::{RetrievalConfig, RetrievalScores, retrieval};
+pub use revisited::{GroundTruth, RevisitedScores, revisited};
 pub use segmentation::{ConfusionMatrix, SegmentationScores};
 pub use selection::Selection;
 pub use spectrum::{SpectrumScores, spectrum};

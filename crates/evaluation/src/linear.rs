@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     accuracy::Accuracy,
+    bootstrap::{Interval, of_hits},
     error::EvaluationError,
     labels::{LabeledFeatures, check_pair},
     linear_probe::{Probes, Samples, Schedule},
@@ -93,6 +94,8 @@ pub struct LinearScores {
     /// Accuracy of the chosen classifier on val.
     #[serde(flatten)]
     pub accuracy: Accuracy,
+    /// Of top-1.
+    pub interval: Interval,
     /// Its mean cross-entropy on val in nats; `None` if it is not finite.
     pub loss: Option<f64>,
     /// Its feature set.
@@ -119,7 +122,7 @@ pub fn linear(
     device: &Device,
     progress: &mut dyn FnMut(LinearProgress<'_>),
 ) -> Result<Report<LinearScores>, EvaluationError> {
-    config.check()?;
+    config.validate()?;
     let first = check_feature_sets(feature_sets)?;
     let all: Vec<u32> = (0..first.train.rows() as u32).collect();
     let val_rows: Vec<u32> = (0..first.val.rows() as u32).collect();
@@ -133,6 +136,7 @@ pub fn linear(
 
     let rates: Vec<f64> = config.learning_rates.iter().map(|&rate| config.scaled(rate)).collect();
     let mut candidates = Vec::new();
+    let mut hits = Vec::new();
     for (number, set) in (0..).zip(feature_sets) {
         let samples = Samples { of: &set.train, rows: fit_rows };
         let probes = Probes::train(samples, &config.schedule(&rates, number), device, |iteration| {
@@ -142,6 +146,7 @@ pub fn linear(
         let scored = if split.is_some() { &set.train } else { &set.val };
         let outcomes = probes.score(Samples { of: scored, rows: selection_rows }, device)?;
         candidates.extend(config.learning_rates.iter().zip(outcomes).map(|(&learning_rate, outcome)| {
+            hits.push(outcome.hits);
             LinearCandidate {
                 feature_set: set.name.clone(),
                 learning_rate,
@@ -155,7 +160,7 @@ pub fn linear(
     let diverged = EvaluationError::Diverged { classifiers: candidates.len(), smallest };
     let best = best_candidate(&candidates).ok_or(diverged)?;
     let chosen = candidates[best].clone();
-    let (mut accuracy, mut loss) = (chosen.accuracy, chosen.loss);
+    let (mut accuracy, mut loss, mut hits) = (chosen.accuracy, chosen.loss, hits.swap_remove(best));
     if split.is_some() {
         let number = best / config.learning_rates.len();
         let set = &feature_sets[number];
@@ -164,8 +169,8 @@ pub fn linear(
         let probes = Probes::train(samples, &config.schedule(&rates, number as u64), device, |iteration| {
             progress(LinearProgress { feature_set: &set.name, is_final: true, done: finished + iteration, total });
         });
-        let outcome = probes.score(Samples { of: &set.val, rows: &val_rows }, device)?[0];
-        (accuracy, loss) = (outcome.accuracy, outcome.loss);
+        let outcome = probes.score(Samples { of: &set.val, rows: &val_rows }, device)?.remove(0);
+        (accuracy, loss, hits) = (outcome.accuracy, outcome.loss, outcome.hits);
     }
 
     let sources = feature_sets.iter().map(|set| set.source.clone()).collect();
@@ -174,11 +179,19 @@ pub fn linear(
     let protocol = Protocol::new(method, sources, train_samples, val_samples, Some(first.train.num_classes()));
     let selection = SelectionReport::new(config.selection, selection_rows.len());
     let LinearCandidate { feature_set, learning_rate, .. } = chosen;
-    Ok(Report { protocol, scores: LinearScores { accuracy, loss, feature_set, learning_rate, selection, candidates } })
+    let interval = of_hits(hits.into_iter());
+    Ok(Report {
+        protocol,
+        scores: LinearScores { accuracy, interval, loss, feature_set, learning_rate, selection, candidates },
+    })
 }
 
 impl LinearConfig {
-    fn check(&self) -> Result<(), EvaluationError> {
+    /// Checks the settings, before any feature is extracted.
+    ///
+    /// # Errors
+    /// The first that is out of range.
+    pub fn validate(&self) -> Result<(), EvaluationError> {
         let refuse =
             |key, value: String, expected| Err(EvaluationError::Setting { task: "linear", key, value, expected });
         let positive = |rate: &f64| *rate > 0.0 && rate.is_finite();
@@ -284,7 +297,8 @@ mod tests {
             Schedule { rates: &rates, iterations: 60, batch_size: 32, momentum: 0.9, seed: 0, feature_set: 1 };
         let (all, val): (Vec<u32>, Vec<u32>) = ((0..90).collect(), (0..35).collect());
         let probes = Probes::train(Samples { of: &sets[1].train, rows: &all }, &schedule, &Device::flex(), |_| ());
-        let direct = probes.score(Samples { of: &sets[1].val, rows: &val }, &Device::flex()).unwrap()[0];
+        let direct = probes.score(Samples { of: &sets[1].val, rows: &val }, &Device::flex()).unwrap().remove(0);
+        assert!(scores.interval.low < direct.accuracy.top1 && scores.interval.high >= direct.accuracy.top1);
         assert_eq!((scores.accuracy, scores.loss), (direct.accuracy, direct.loss));
     }
 

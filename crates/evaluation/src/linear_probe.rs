@@ -72,11 +72,13 @@ pub(crate) struct Probes {
 }
 
 /// How one classifier does.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Outcome {
     pub(crate) accuracy: Accuracy,
     /// Mean cross-entropy in nats; `None` if it is not finite.
     pub(crate) loss: Option<f64>,
+    /// Which samples are right.
+    pub(crate) hits: Vec<bool>,
 }
 
 impl Probes {
@@ -115,7 +117,8 @@ impl Probes {
 
     /// Scores every classifier on the samples.
     pub(crate) fn score(&self, samples: Samples<'_>, device: &Device) -> Result<Vec<Outcome>, EvaluationError> {
-        let mut counters = vec![(RankCounter::default(), 0.0f64); self.classifiers];
+        let mut counters =
+            vec![(RankCounter::default(), 0.0f64, Vec::with_capacity(samples.rows.len())); self.classifiers];
         for rows in samples.rows.chunks(SCORING_BLOCK) {
             let logits = read(samples.inputs(rows, device).matmul(self.weight.clone()))?;
             let judged: Vec<Vec<(Option<usize>, f64)>> = floats(&logits)?
@@ -131,12 +134,14 @@ impl Probes {
             {
                 counters[counter].0.add(rank);
                 counters[counter].1 += loss;
+                counters[counter].2.push(rank == Some(0));
             }
         }
         let count = samples.rows.len() as f64;
-        let outcome = |(counter, loss): (RankCounter, f64)| Outcome {
+        let outcome = |(counter, loss, hits): (RankCounter, f64, Vec<bool>)| Outcome {
             accuracy: counter.accuracy(self.num_classes),
             loss: Some(loss / count).filter(|loss| loss.is_finite()),
+            hits,
         };
         Ok(counters.into_iter().map(outcome).collect())
     }

@@ -4,7 +4,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    accuracy::Accuracy,
+    accuracy::{Accuracy, accuracy_of},
+    bootstrap::{Interval, of_hits},
     error::EvaluationError,
     labels::{LabeledFeatures, check_pair},
     logistic_model::{LogisticModel, fit},
@@ -22,6 +23,8 @@ pub struct LogisticConfig {
     pub max_iterations: usize,
     /// L-BFGS stops when no component of the gradient of `objective / (C · samples)` exceeds this.
     pub tolerance: f64,
+    /// Leave out the rest of the grid when this many `C` in a row have not improved on the best accuracy; `None`: never.
+    pub patience: Option<usize>,
     /// What `C` is chosen on.
     pub selection: Selection,
     /// Seed of the held-out samples.
@@ -31,7 +34,7 @@ pub struct LogisticConfig {
 impl Default for LogisticConfig {
     fn default() -> Self {
         let c = (0..45).map(|i| 10f64.powf(-6.0 + 11.0 * f64::from(i) / 44.0)).collect();
-        Self { c, max_iterations: 1000, tolerance: 1e-8, selection: Selection::default(), seed: 0 }
+        Self { c, max_iterations: 1000, tolerance: 1e-8, patience: None, selection: Selection::default(), seed: 0 }
     }
 }
 
@@ -55,11 +58,13 @@ pub struct LogisticScores {
     /// Accuracy on val.
     #[serde(flatten)]
     pub accuracy: Accuracy,
+    /// Of top-1.
+    pub interval: Interval,
     /// The chosen `C`.
     pub c: f64,
     /// What it was chosen on.
     pub selection: SelectionReport,
-    /// All `C`, in the order of the settings.
+    /// The `C` that were tried, in the order of the settings.
     pub candidates: Vec<LogisticCandidate>,
     /// The classifier that was scored. Not part of the JSON result.
     #[serde(skip)]
@@ -81,7 +86,7 @@ pub fn logistic(
     config: &LogisticConfig,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Report<LogisticScores>, EvaluationError> {
-    config.check()?;
+    config.validate()?;
     check_pair(train, val)?;
     let all: Vec<u32> = (0..train.rows() as u32).collect();
     let val_rows: Vec<u32> = (0..val.rows() as u32).collect();
@@ -99,7 +104,7 @@ pub fn logistic(
     let mut best: Option<(usize, LogisticModel)> = None;
     for (i, &c) in config.c.iter().enumerate() {
         let model = fit(train, fit_rows, c, config, previous.as_ref());
-        let accuracy = model.accuracy(scored, scored_rows);
+        let accuracy = accuracy_of(&model.ranks(scored, scored_rows), train.num_classes());
         if best.as_ref().is_none_or(|(best, _)| accuracy.top1 > candidates[*best].accuracy.top1) {
             best = Some((i, model.clone()));
         }
@@ -107,6 +112,10 @@ pub fn logistic(
         candidates.push(LogisticCandidate { c, accuracy, iterations: model.iterations, converged });
         previous = Some(model);
         progress(i + 1, total);
+        let without_gain = best.as_ref().map_or(0, |(best, _)| i - best);
+        if config.patience.is_some_and(|patience| without_gain >= patience) {
+            break;
+        }
     }
     let (best, mut model) = best.ok_or_else(|| config.no_candidates())?;
     let c = config.c[best];
@@ -114,16 +123,22 @@ pub fn logistic(
         model = fit(train, &all, c, config, Some(&model));
         progress(total, total);
     }
-    let accuracy = model.accuracy(val, &val_rows);
+    let ranks = model.ranks(val, &val_rows);
+    let accuracy = accuracy_of(&ranks, val.num_classes());
+    let interval = of_hits(ranks.into_iter().map(|rank| rank == Some(0)));
     let selection = SelectionReport::new(config.selection, scored_rows.len());
     let method = Method::Logistic(config.clone());
     let protocol =
         Protocol::new(method, vec![source.clone()], Some(train.rows()), val.rows(), Some(train.num_classes()));
-    Ok(Report { protocol, scores: LogisticScores { accuracy, c, selection, candidates, model: Some(model) } })
+    Ok(Report { protocol, scores: LogisticScores { accuracy, interval, c, selection, candidates, model: Some(model) } })
 }
 
 impl LogisticConfig {
-    pub(crate) fn check(&self) -> Result<(), EvaluationError> {
+    /// Checks the settings, before any feature is extracted.
+    ///
+    /// # Errors
+    /// The first that is out of range.
+    pub fn validate(&self) -> Result<(), EvaluationError> {
         let refuse =
             |key, value: String, expected| Err(EvaluationError::Setting { task: "logistic", key, value, expected });
         let usable = self.c.iter().all(|c| *c > 0.0 && c.is_finite()) && self.c.is_sorted();
@@ -132,6 +147,9 @@ impl LogisticConfig {
         }
         if self.max_iterations == 0 {
             return refuse("max_iterations", self.max_iterations.to_string(), "at least 1");
+        }
+        if self.patience == Some(0) {
+            return refuse("patience", "0".into(), "at least 1");
         }
         if !(self.tolerance >= 0.0 && self.tolerance.is_finite()) {
             return refuse("tolerance", self.tolerance.to_string(), "at least 0 and finite");
@@ -180,6 +198,21 @@ mod tests {
     }
 
     #[test]
+    fn patience_ends_the_grid_after_so_many_values_without_a_gain() {
+        let (train, val) = (clustered(4, 90, 5, 1.0, 1), clustered(4, 30, 5, 1.0, 2));
+        let run = |patience| {
+            let c = vec![1e-6, 0.03, 1.0, 10.0, 30.0, 100.0, 300.0, 1000.0];
+            let config = LogisticConfig { c, patience, ..Default::default() };
+            logistic(&train, &val, &test_source(), &config, &mut |_, _| ()).unwrap().scores
+        };
+        let (all, some) = (run(None), run(Some(2)));
+        assert_eq!(all.candidates.len(), 8);
+        let best = some.candidates.iter().position(|candidate| candidate.c == some.c).unwrap();
+        assert_eq!(some.candidates.len(), best + 3);
+        assert!(some.candidates.len() < 8 && some.candidates[..] == all.candidates[..best + 3]);
+    }
+
+    #[test]
     fn settings_out_of_range_are_refused() {
         let train = clustered(3, 20, 4, 1.0, 1);
         for (key, config) in [
@@ -187,6 +220,7 @@ mod tests {
             ("c", LogisticConfig { c: vec![1.0, 0.1], ..Default::default() }),
             ("c", LogisticConfig { c: vec![0.0], ..Default::default() }),
             ("max_iterations", LogisticConfig { max_iterations: 0, ..Default::default() }),
+            ("patience", LogisticConfig { patience: Some(0), ..Default::default() }),
             ("tolerance", LogisticConfig { tolerance: f64::NAN, ..Default::default() }),
         ] {
             let error = logistic(&train, &train, &test_source(), &config, &mut |_, _| ()).unwrap_err().to_string();

@@ -8,11 +8,7 @@ use nalgebra::{DMatrix, DMatrixView, DMatrixViewMut};
 use rayon::prelude::*;
 
 use crate::{
-    accuracy::{Accuracy, RankCounter, rank},
-    error::EvaluationError,
-    features::Features,
-    labels::LabeledFeatures,
-    lbfgs::minimize,
+    accuracy::rank, error::EvaluationError, features::Features, labels::LabeledFeatures, lbfgs::minimize,
     logistic::LogisticConfig,
 };
 
@@ -46,7 +42,7 @@ pub fn fit_logistic(
     c: f64,
     config: &LogisticConfig,
 ) -> Result<LogisticModel, EvaluationError> {
-    LogisticConfig { c: vec![c], ..config.clone() }.check()?;
+    LogisticConfig { c: vec![c], ..config.clone() }.validate()?;
     let rows: Vec<u32> = (0..train.rows() as u32).collect();
     Ok(fit(train, &rows, c, config, None))
 }
@@ -74,9 +70,9 @@ impl LogisticModel {
         Ok(probabilities)
     }
 
-    pub(crate) fn accuracy(&self, data: &LabeledFeatures, rows: &[u32]) -> Accuracy {
+    /// The rank of the true class of each of the rows.
+    pub(crate) fn ranks(&self, data: &LabeledFeatures, rows: &[u32]) -> Vec<Option<usize>> {
         let parameters = Parameters::new(&self.weight, &self.bias);
-        let mut counter = RankCounter::default();
         let blocks: Vec<Vec<Option<usize>>> = rows
             .par_chunks(BLOCK)
             .map(|rows| {
@@ -85,8 +81,7 @@ impl LogisticModel {
                 rows.map(|(scores, &row)| rank(scores, data.labels()[row as usize] as usize)).collect()
             })
             .collect();
-        blocks.into_iter().flatten().for_each(|rank| counter.add(rank));
-        counter.accuracy(self.bias.len())
+        blocks.concat()
     }
 }
 

@@ -17,6 +17,8 @@ const TRAIN_BLOCK: usize = 2048;
 const QUERY_BLOCK: usize = 256;
 /// Val rows that are searched for together: each reads the train features once.
 const QUERY_WAVE: usize = 8192;
+/// Similarities of [`similarity_rows`] that exist at a time, in bytes.
+const ROWS_BYTES: usize = 64 << 20;
 /// Blocks are padded to a multiple of this, see [`Blocks`].
 const BLOCK_MULTIPLE: usize = 16;
 
@@ -144,6 +146,39 @@ pub(crate) fn search<T: Send>(
     Ok(results)
 }
 
+/// Calls `visit` with each query row and its similarities to all gallery rows, and collects what it returns. Some tens of
+/// megabytes of similarities exist at a time, or those of a few queries where one alone has more.
+pub(crate) fn similarity_rows<T: Send>(
+    gallery: &Features,
+    queries: &Features,
+    device: &Device,
+    visit: impl Fn(usize, &[f32]) -> T + Sync,
+) -> Result<Vec<T>, EvaluationError> {
+    if gallery.dim() != queries.dim() {
+        return Err(EvaluationError::DimMismatch { train: gallery.dim(), val: queries.dim() });
+    }
+    let (gallery_scales, query_scales) = (gallery.inverse_norms(), queries.inverse_norms());
+    let gallery_blocks = Blocks::new(gallery.rows(), TRAIN_BLOCK);
+    let most = (ROWS_BYTES / (gallery.rows() * size_of::<f32>())).clamp(BLOCK_MULTIPLE, QUERY_BLOCK);
+    let query_blocks = Blocks::new(queries.rows(), most);
+    let mut results = Vec::with_capacity(queries.rows());
+    for range in query_blocks.ranges() {
+        let query = query_blocks.load(queries, &query_scales, range.clone(), device);
+        let mut rows = vec![0.0; range.len() * gallery.rows()];
+        for columns in gallery_blocks.ranges() {
+            let keys = gallery_blocks.load_transposed(gallery, &gallery_scales, columns.clone(), device);
+            let similarities = read(query.clone().matmul(keys))?;
+            let found = floats(&similarities)?.par_chunks(gallery_blocks.length);
+            rows.par_chunks_mut(gallery.rows()).zip(found).for_each(|(row, found)| {
+                row[columns.clone()].copy_from_slice(&found[..columns.len()]);
+            });
+        }
+        let rows = rows.par_chunks(gallery.rows()).enumerate();
+        results.par_extend(rows.map(|(i, row)| visit(range.start + i, row)));
+    }
+    Ok(results)
+}
+
 /// Reads a matrix back from the device.
 pub(crate) fn read(tensor: Tensor<2>) -> Result<TensorData, EvaluationError> {
     tensor.try_into_data().map_err(device_error)
@@ -215,6 +250,19 @@ mod tests {
         let found = &nearest_neighbors(&train, &queries, 5, &Device::flex()).unwrap()[0];
         let rows: Vec<usize> = found.iter().map(|neighbor| neighbor.row).collect();
         assert_eq!(rows, [0, 7, 100, TRAIN_BLOCK / 2 + 1, TRAIN_BLOCK - 1]);
+    }
+
+    #[test]
+    fn whole_rows_hold_every_similarity_in_its_place() {
+        let (gallery, queries) = (gaussian(TRAIN_BLOCK + 77, 5, 1), gaussian(QUERY_BLOCK + 9, 5, 2));
+        let rows = similarity_rows(&gallery, &queries, &Device::flex(), |row, found| (row, found.to_vec())).unwrap();
+        assert_eq!(rows.len(), QUERY_BLOCK + 9);
+        for (i, (row, found)) in rows.iter().enumerate().step_by(13) {
+            assert_eq!((*row, found.len()), (i, TRAIN_BLOCK + 77));
+            for (similarity, other) in naive(&gallery, queries.row(i), gallery.rows()) {
+                assert!((f64::from(found[other]) - similarity).abs() < 1e-6);
+            }
+        }
     }
 
     #[test]

@@ -4,7 +4,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{knn::KnnConfig, linear::LinearConfig, logistic::LogisticConfig};
+use crate::{
+    dense::propagation::PropagationConfig, kmeans::KMeansConfig, knn::KnnConfig, linear::LinearConfig,
+    logistic::LogisticConfig, retrieval::RetrievalConfig,
+};
 
 /// Where a feature vector comes from in the backbone's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,9 +37,9 @@ pub struct FeatureSource {
     pub layers: Vec<usize>,
     /// Whether the backbone's final norm was applied.
     pub final_norm: bool,
-    /// Length of the shorter image side after resizing, in pixels.
+    /// Length of the shorter image side after resizing, in pixels; 0 where images keep their size.
     pub resize_px: usize,
-    /// Side of the central crop, in pixels.
+    /// Side of the central crop, or of the windows of a dense task, in pixels.
     pub crop_px: usize,
     /// The resizing filter, for example `bicubic, antialias`.
     pub interpolation: String,
@@ -54,6 +57,12 @@ pub enum Method {
     Linear(LinearConfig),
     /// Multinomial logistic regression.
     Logistic(LogisticConfig),
+    /// Rankings of a gallery by similarity.
+    Retrieval(RetrievalConfig),
+    /// Rankings with easy, hard and junk images.
+    Revisited,
+    /// k-means, compared with classes.
+    Clustering(KMeansConfig),
     /// Effective rank and signs of collapse.
     Spectrum {
         /// Whether the mean feature was subtracted before the singular values were taken.
@@ -75,6 +84,24 @@ pub enum Method {
         /// Depths outside this range, in metres, are not scored.
         range: (f32, f32),
         /// How images were fed: for example `full image, mean of both flips`.
+        inference: String,
+    },
+    /// Label propagation through videos.
+    Video {
+        /// How labels were carried on.
+        propagation: PropagationConfig,
+        /// How frames were fed.
+        inference: String,
+    },
+    /// Figure and ground.
+    Foreground {
+        /// The linear classifier, and how it was trained.
+        head: String,
+        /// Attention that a figure holds.
+        attention_mass: f32,
+        /// The label that is not scored.
+        ignored: u32,
+        /// How images were fed.
         inference: String,
     },
 }
@@ -147,14 +174,27 @@ mod tests {
             (Method::Knn(KnnConfig::default()), "knn"),
             (Method::Linear(LinearConfig::default()), "linear"),
             (Method::Logistic(LogisticConfig::default()), "logistic"),
+            (Method::Retrieval(RetrievalConfig::default()), "retrieval"),
+            (Method::Revisited, "revisited"),
+            (Method::Clustering(KMeansConfig::default()), "clustering"),
             (Method::Spectrum { centered: true }, "spectrum"),
             (
                 Method::Segmentation { head: "linear".into(), ignored: 255, inference: "whole image".into() },
                 "segmentation",
             ),
             (Method::Depth { head: "linear".into(), range: (0.001, 10.0), inference: "whole image".into() }, "depth"),
+            (Method::Video { propagation: PropagationConfig::default(), inference: "whole frames".into() }, "video"),
+            (
+                Method::Foreground {
+                    head: "linear".into(),
+                    attention_mass: 0.6,
+                    ignored: 255,
+                    inference: "whole image".into(),
+                },
+                "foreground",
+            ),
         ];
-        assert_eq!(methods.len(), 6);
+        assert_eq!(methods.len(), 11);
         for (method, task) in methods {
             let protocol = Protocol::new(method, vec![test_source()], Some(70), 30, Some(5));
             let json = serde_json::to_value(&protocol).unwrap();

@@ -16,6 +16,20 @@ pub(crate) mod draws {
     pub(crate) const LINEAR_INIT: u64 = 2;
     /// The order of the samples in an epoch of linear-classifier training. Second counter: the epoch.
     pub(crate) const LINEAR_ORDER: u64 = 3;
+    /// The samples of a class in a draw of few. Second counter: the draw, times 2³², and the class.
+    pub(crate) const FEW_SHOT: u64 = 4;
+    /// Samples drawn again for a confidence interval. Second counter: the resample.
+    pub(crate) const BOOTSTRAP: u64 = 5;
+    /// First centers of k-means. Second counter: the restart.
+    pub(crate) const KMEANS: u64 = 6;
+    /// Initial weights of a dense head.
+    pub(crate) const HEAD_INIT: u64 = 101;
+    /// The order of the images in an epoch of a dense head's training. Second counter: the epoch.
+    pub(crate) const HEAD_ORDER: u64 = 102;
+    /// The channels that a dense head does not see. Second counter: the iteration.
+    pub(crate) const HEAD_DROPOUT: u64 = 103;
+    /// The objects that are held out from a figure/ground classifier.
+    pub(crate) const GROUPS: u64 = 104;
 }
 
 /// The samples on which the best learning rate or regularisation strength is chosen.

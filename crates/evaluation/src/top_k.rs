@@ -60,7 +60,7 @@ impl TopK {
 }
 
 /// An integer that orders as (value ascending, index descending). Adding zero makes −0 equal to 0.
-fn key(value: f32, index: usize) -> u64 {
+pub(crate) fn key(value: f32, index: usize) -> u64 {
     let bits = (value + 0.0).to_bits();
     let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
     u64::from(ordered) << 32 | u64::from(!(index as u32))

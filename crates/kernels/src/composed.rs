@@ -44,19 +44,39 @@ pub fn depthwise_conv(x: Tensor<4>, weight: Tensor<4>, bias: Tensor<1>) -> Tenso
 /// See [`crate::self_attention`].
 pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
     let [batch, tokens, packed] = qkv.dims();
-    let width = packed / 3;
-    let head_dim = width / num_heads;
+    let (q, k, v) = heads(qkv, num_heads, rope);
+    let out = probabilities(q, k).matmul(v);
+    out.permute([0, 2, 1, 3]).reshape([batch, tokens, packed / 3])
+}
+
+/// What the first token attends to in self-attention: its row of `softmax(q·kᵀ/√d)`, which [`crate::self_attention`]
+/// multiplies with the values.
+///
+/// # Shapes
+/// `qkv [B, N, 3·D]` and `rope` as there → `[B, heads, N]`, rows sum to 1.
+pub fn first_token_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
+    let [batch, tokens, _] = qkv.dims();
+    let (q, k, _) = heads(qkv, num_heads, rope);
+    probabilities(q.narrow(2, 0, 1), k).reshape([batch, num_heads, tokens])
+}
+
+/// Queries, keys and values of each head, `[B, heads, N, d]`, the first two turned.
+fn heads(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+    let [batch, tokens, packed] = qkv.dims();
+    let head_dim = packed / 3 / num_heads;
     // [B, N, 3, H, d] -> [3, B, H, N, d]
     let parts = qkv.reshape([batch, tokens, 3, num_heads, head_dim]).permute([2, 0, 3, 1, 4]);
     let part = |i: usize| parts.clone().narrow(0, i, 1).reshape([batch, num_heads, tokens, head_dim]);
-    let (mut q, mut k, v) = (part(0), part(1), part(2));
-    if let Some(table) = rope {
-        q = rotate(q, table);
-        k = rotate(k, table);
+    let (q, k, v) = (part(0), part(1), part(2));
+    match rope {
+        Some(table) => (rotate(q, table), rotate(k, table), v),
+        None => (q, k, v),
     }
-    let scores = q.matmul(k.transpose()) / (head_dim as f64).sqrt();
-    let out = activation::softmax(scores, 3).matmul(v);
-    out.permute([0, 2, 1, 3]).reshape([batch, tokens, width])
+}
+
+fn probabilities(q: Tensor<4>, k: Tensor<4>) -> Tensor<4> {
+    let head_dim = q.dims()[3];
+    activation::softmax(q.matmul(k.transpose()) / (head_dim as f64).sqrt(), 3)
 }
 
 /// See [`crate::attention`].

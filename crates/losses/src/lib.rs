@@ -2,6 +2,7 @@
 //!
 //! - [`dino`]: cross-entropy between the CLS tokens of different crops (DINO eq. 3; DINOv2 §4, "image-level objective").
 //! - [`ibot`]: cross-entropy of masked patch tokens (iBOT eq. 2; DINOv2 §4, "patch-level objective").
+//! - [`feature`]: matches the tokens of a teacher without prototypes.
 //! - [`gram`]: keeps the similarities between patch tokens (DINOv3 §4, "Gram anchoring").
 //! - [`koleo`]: spreads the CLS tokens of a batch (Sablayrolles et al. 2019; DINOv2 §4).
 //! - [`sinkhorn`] and [`center`]: two ways of keeping the teacher from collapsing.
@@ -10,6 +11,7 @@
 
 pub mod center;
 pub mod dino;
+pub mod feature;
 pub mod gram;
 pub mod ibot;
 pub mod koleo;

@@ -116,8 +116,18 @@ impl SelfAttention {
 
     /// `x [B, N, D]` → `[B, N, D]`.
     pub fn forward(&self, x: Tensor<3>, rope: Option<&RopeTable>) -> Tensor<3> {
-        let qkv = on_rows(x, |rows| kernels::linear(rows, self.qkv.weight.val(), self.qkv_bias()));
+        let qkv = self.packed(x);
         on_rows(kernels::self_attention(qkv, self.num_heads, rope), |rows| self.proj.forward(rows))
+    }
+
+    /// What the first token attends to, `x [B, N, D]` → `[B, heads, N]`.
+    fn first_token_attention(&self, x: Tensor<3>, rope: Option<&RopeTable>) -> Tensor<3> {
+        kernels::composed::first_token_attention(self.packed(x), self.num_heads, rope)
+    }
+
+    /// `[B, N, 3·D]`.
+    fn packed(&self, x: Tensor<3>) -> Tensor<3> {
+        on_rows(x, |rows| kernels::linear(rows, self.qkv.weight.val(), self.qkv_bias()))
     }
 
     /// The bias with its key third held at zero where the model asks for it; that third then has no gradient either.
@@ -238,6 +248,11 @@ impl Block {
             ls2: scale(init),
             recompute: false,
         }
+    }
+
+    /// What the first token of `x [B, N, D]` attends to in this block, `[B, heads, N]`.
+    pub(crate) fn first_token_attention(&self, x: Tensor<3>, rope: Option<&RopeTable>) -> Tensor<3> {
+        self.attn.first_token_attention(self.norm1.forward_tokens(x), rope)
     }
 
     /// `x [B, N, D]` → `[B, N, D]`; `draws` are those of the attention and feed-forward branches.

@@ -15,6 +15,7 @@ mod init;
 pub mod interpolation;
 mod layers;
 pub mod parameters;
+mod projector;
 mod rope;
 mod vit;
 pub mod weights;
@@ -27,6 +28,7 @@ pub use draws::{BranchDraw, StochasticDraws};
 pub use fingerprint::{Fingerprint, Mismatch};
 pub use head::{HeadConfig, HeadNorm, ProjectionHead, Prototypes};
 pub use layers::{Block, Ffn, LayerScale, Linear, Norm, SelfAttention};
+pub use projector::Projector;
 pub use rope::{Rope, RopeDraw};
 pub use vit::{CropGroup, Features, LayerFeatures, Vit};
 

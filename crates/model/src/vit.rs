@@ -17,6 +17,9 @@ use crate::{
     rope::{Rope, RopeDraw},
 };
 
+/// No stochastic depth in either branch of a block.
+const KEEP: &[BranchDraw] = &[BranchDraw::Keep, BranchDraw::Keep];
+
 /// The convolution of stride = kernel = patch, computed as a linear layer on unfolded patches.
 #[derive(Module, Debug)]
 pub struct PatchEmbed {
@@ -226,6 +229,37 @@ impl Vit {
         found
     }
 
+    /// What CLS attends to among the patches in a block (index from 0): the probabilities of each head. What it gives to
+    /// itself and to registers is left out, so rows sum to less than 1.
+    ///
+    /// # Shapes
+    /// `images` as in [`forward`](Self::forward) → `[B, heads, P]`.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn cls_attention(&self, images: Tensor<4>, block: usize) -> Tensor<3> {
+        let (grid, device) = (self.grid(&images), images.device());
+        let prefix = 1 + self.config.register_tokens;
+        let table = self.rope.as_ref().map(|rope| rope.table(grid, prefix, &RopeDraw::NONE, &device));
+        let mut x = self.tokens(images, None, grid);
+        for earlier in &self.blocks[..block] {
+            x = earlier.forward(x, table.as_ref(), KEEP);
+        }
+        let attention = self.blocks[block].first_token_attention(x, table.as_ref());
+        attention.narrow(2, prefix, grid.0 * grid.1)
+    }
+
+    /// Patches of an image along its height and width.
+    fn grid(&self, images: &Tensor<4>) -> (usize, usize) {
+        let [_, _, height, width] = images.dims();
+        let patch = self.config.patch_size;
+        assert!(
+            height % patch == 0 && width % patch == 0,
+            "{height}×{width} pixels are not tiled by patches of {patch}"
+        );
+        (height / patch, width / patch)
+    }
+
     /// Runs the blocks, showing each one's output; with `cls_only`, the last one's is that of the CLS tokens, `[B, 1, D]`.
     fn run_blocks(
         &self,
@@ -235,18 +269,11 @@ impl Vit {
         cls_only: bool,
         mut after: impl FnMut(usize, &Tensor<3>),
     ) {
-        let [_, _, height, width] = images.dims();
-        let patch = self.config.patch_size;
-        assert!(
-            height % patch == 0 && width % patch == 0,
-            "{height}×{width} pixels are not tiled by patches of {patch}"
-        );
-        let grid = (height / patch, width / patch);
+        let grid = self.grid(&images);
         let device = images.device();
         let prefix = 1 + self.config.register_tokens;
         let table = |draw: &RopeDraw| self.rope.as_ref().map(|rope| rope.table(grid, prefix, draw, &device));
         let still = if draws.is_none() { table(&RopeDraw::NONE) } else { None };
-        const KEEP: &[BranchDraw] = &[BranchDraw::Keep, BranchDraw::Keep];
         let mut x = self.tokens(images, mask, grid);
         for (i, block) in self.blocks.iter().enumerate() {
             let turned = draws.and_then(|draws| draws.rope.get(i).and_then(table));
@@ -323,5 +350,113 @@ impl Vit {
             registers: (prefix > 1).then(|| front.slice([0..batch, 1..prefix])),
             patches,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::TensorData;
+
+    use super::*;
+    use crate::config::Position;
+    use crate::weights::host;
+    use crate::{Arch, Architecture, Backbone, ModelConfig};
+
+    #[test]
+    fn attention_of_cls_equals_a_softmax_over_dot_products_in_loops() {
+        let device = Device::flex();
+        let mut cases = 0;
+        for (position, register_tokens) in [(Position::Rope, 3), (Position::Learned, 0)] {
+            let config = ModelConfig {
+                arch: Arch::VitTiny,
+                patch_size: 4,
+                embed_dim: Some(24),
+                depth: Some(3),
+                num_heads: Some(3),
+                register_tokens,
+                position,
+                ..ModelConfig::default()
+            };
+            let architecture = config.resolve(16).expect("a model");
+            let mut rng = dinoxide_random::stream(5, dinoxide_random::Purpose::Init, 0, 0);
+            let Backbone::Vit(mut vit) = Backbone::new(&architecture, &device, &mut rng) else { panic!("a ViT") };
+            // Weights as they are after training, not as they begin: attention is far from uniform.
+            for block in &mut vit.blocks {
+                block.attn.qkv.weight = block.attn.qkv.weight.clone().map(|w| w * 12.0);
+            }
+            let (rows, columns) = (3, 5);
+            let pixels = (0..2 * 3 * 12 * 20).map(|i| ((i * i) as f32 * 0.37).sin()).collect::<Vec<_>>();
+            let images = Tensor::<4>::from_data(TensorData::new(pixels, [2, 3, 12, 20]), &device);
+            for block in [0, 2] {
+                let found = host(vit.cls_attention(images.clone(), block).reshape([-1]));
+                // The block's input, token by token.
+                let input = if block == 0 {
+                    vit.tokens(images.clone(), None, (rows, columns))
+                } else {
+                    let before = vit.forward_layers(images.clone(), &[block - 1], false).remove(0);
+                    let [batch, dim] = before.cls.dims();
+                    let mut parts = vec![before.cls.reshape([batch, 1, dim])];
+                    parts.extend(before.registers);
+                    parts.push(before.patches);
+                    Tensor::cat(parts, 1)
+                };
+                let prefix = 1 + register_tokens;
+                let tokens = prefix + rows * columns;
+                let input = host(input.reshape([-1]));
+                let layer = &vit.blocks[block];
+                let qkv = host(layer.attn.qkv.weight.val().reshape([-1]));
+                let bias = layer.attn.qkv.bias.as_ref().map(|bias| host(bias.val()));
+                let mask = layer.attn.bias_mask();
+                let rope = vit.rope().map(|rope| rope.table((rows, columns), prefix, &RopeDraw::NONE, &device));
+                let rope = rope.map(|t| (host(t.cos.reshape([-1])), host(t.sin.reshape([-1]))));
+                for (image, input) in input.chunks(tokens * 24).enumerate() {
+                    for head in 0..3 {
+                        // Part 0 is the query, 1 the key.
+                        let projected = |token: usize, part: usize| -> Vec<f64> {
+                            let x: Vec<f64> = input[token * 24..][..24].iter().map(|&v| f64::from(v)).collect();
+                            let mean = x.iter().sum::<f64>() / 24.0;
+                            let variance = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / 24.0;
+                            let eps = vit.config().norm_eps;
+                            let x: Vec<f64> = x.iter().map(|v| (v - mean) / (variance + eps).sqrt()).collect();
+                            let y: Vec<f64> = (0..8)
+                                .map(|i| {
+                                    let row = part * 24 + head * 8 + i;
+                                    let kept = mask.as_ref().map_or(1.0, |mask| f64::from(mask[row]));
+                                    let bias = bias.as_ref().map_or(0.0, |bias| f64::from(bias[row])) * kept;
+                                    let weights = &qkv[row * 24..][..24];
+                                    bias + weights.iter().zip(&x).map(|(w, x)| f64::from(*w) * x).sum::<f64>()
+                                })
+                                .collect();
+                            let Some((cos, sin)) = &rope else { return y };
+                            let at = |table: &[f32], i: usize| f64::from(table[token * 8 + i]);
+                            (0..8)
+                                .map(|i| {
+                                    let other = if i < 4 { -y[i + 4] } else { y[i - 4] };
+                                    y[i] * at(cos, i) + other * at(sin, i)
+                                })
+                                .collect()
+                        };
+                        let query = projected(0, 0);
+                        let scores: Vec<f64> = (0..tokens)
+                            .map(|token| {
+                                let key = projected(token, 1);
+                                (query.iter().zip(&key).map(|(q, k)| q * k).sum::<f64>() / 8f64.sqrt()).exp()
+                            })
+                            .collect();
+                        let total: f64 = scores.iter().sum();
+                        let row = &found[(image * 3 + head) * rows * columns..][..rows * columns];
+                        for (patch, found) in row.iter().enumerate() {
+                            let expected = scores[prefix + patch] / total;
+                            assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} {expected}");
+                            cases += 1;
+                        }
+                        let (least, most) = row.iter().fold((1f32, 0f32), |(a, b), &v| (a.min(v), b.max(v)));
+                        assert!(most > 1.2 * least, "attention that is uniform would hide mistakes: {least} {most}");
+                    }
+                }
+            }
+            assert!(matches!(architecture, Architecture::Vit(_)));
+        }
+        assert_eq!(cases, 2 * 2 * 2 * 3 * 15);
     }
 }

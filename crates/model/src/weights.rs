@@ -178,6 +178,23 @@ pub struct Provenance {
     pub data: String,
     /// The version of this software.
     pub software: String,
+    /// What they scored, each with the conditions of its measurement.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scores: Vec<Score>,
+}
+
+/// A score of weights, as measured while they were trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Score {
+    /// What was measured: `k-NN top-1`.
+    pub name: String,
+    /// Percent.
+    pub value: f64,
+    /// Optimisation steps behind the weights when it was.
+    pub steps: u64,
+    /// The protocol of the evaluation, as its command writes it.
+    pub protocol: serde_json::Value,
 }
 
 impl Provenance {

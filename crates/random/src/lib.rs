@@ -25,6 +25,8 @@ pub enum Purpose {
     Synthetic = 6,
     /// Sampling inside an evaluation. Counters: chosen by the protocol.
     Evaluation = 7,
+    /// Which of several crop sizes a step has. Counters: step, 0.
+    CropSizes = 8,
 }
 
 /// The stream for one use of randomness: ChaCha8 keyed by `(seed, purpose, a, b)`.

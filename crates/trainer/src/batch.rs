@@ -1,6 +1,6 @@
 //! A batch: crops with their masks, on the device.
 
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData, s};
 use dinoxide_augmentation::{Crops, Masks, RgbImage, normalize};
 
 /// What a step trains on.
@@ -14,8 +14,35 @@ pub struct Batch {
     pub global: Tensor<5>,
     /// `[L, B, C, h, w]`; `None` without local crops.
     pub local: Option<Tensor<5>>,
+    /// `[2, B, C, H', W']`, what the Gram teacher sees of the global crops; `None` when it sees those themselves.
+    pub gram: Option<Tensor<5>>,
     /// Masks of the global crops.
     pub masks: Masks,
+    /// What a frozen teacher says of the global crops, where that is known beforehand.
+    pub tokens: Option<TeacherTokens>,
+}
+
+/// A frozen teacher's tokens of the global crops of a batch. Plain.
+#[derive(Clone, Debug)]
+pub struct TeacherTokens {
+    /// `[2, B, D]`.
+    pub cls: Tensor<3>,
+    /// `[2, B, P, D]`.
+    pub patches: Tensor<4>,
+}
+
+impl TeacherTokens {
+    /// The tokens of the samples `range`.
+    fn part(&self, range: std::ops::Range<usize>) -> Self {
+        let all = s![.., range];
+        Self { cls: self.cls.clone().slice(all), patches: self.patches.clone().slice(all) }
+    }
+
+    /// Those of consecutive parts of a batch, together.
+    pub(crate) fn join(parts: Vec<Self>) -> Self {
+        let (cls, patches) = parts.into_iter().map(|part| (part.cls, part.patches)).unzip();
+        Self { cls: Tensor::cat(cls, 1), patches: Tensor::cat(patches, 1) }
+    }
 }
 
 impl Batch {
@@ -27,7 +54,10 @@ impl Batch {
         let locals = samples[0].1.local.len();
         let global = stack(samples, 2, |crops, v| &crops.global[v], mean, std, device);
         let local = (locals > 0).then(|| stack(samples, locals, |crops, v| &crops.local[v], mean, std, device));
-        Self { ids: samples.iter().map(|(id, _)| id.clone()).collect(), global, local, masks }
+        let gram = samples[0].1.gram.is_some();
+        let gram =
+            gram.then(|| stack(samples, 2, |crops, v| &crops.gram.as_ref().expect("one recipe")[v], mean, std, device));
+        Self { ids: samples.iter().map(|(id, _)| id.clone()).collect(), global, local, gram, masks, tokens: None }
     }
 
     /// Samples in the batch.
@@ -38,6 +68,22 @@ impl Batch {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The batch without all but the first `count` local crops.
+    pub fn with_locals(&self, count: usize) -> Self {
+        let fewer = |local: Tensor<5>| if local.dims()[0] > count { local.slice(s![..count]) } else { local };
+        let local = self.local.clone().filter(|_| count > 0).map(fewer);
+        Self { local, ..self.clone() }
+    }
+
+    /// The batch in consecutive parts of nearly equal size.
+    pub(crate) fn divide(&self, parts: usize) -> Vec<Self> {
+        if parts == 1 {
+            return vec![self.clone()];
+        }
+        let len = self.len();
+        (0..parts).map(|i| self.part(i * len / parts..(i + 1) * len / parts)).collect()
     }
 
     /// The samples `range` by themselves, with their masks.
@@ -65,7 +111,9 @@ impl Batch {
             ids: self.ids[range.clone()].to_vec(),
             global: cut(&self.global),
             local: self.local.as_ref().map(cut),
+            gram: self.gram.as_ref().map(cut),
             masks,
+            tokens: self.tokens.as_ref().map(|tokens| tokens.part(range.clone())),
         }
     }
 }

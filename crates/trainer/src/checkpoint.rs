@@ -49,6 +49,8 @@ struct Manifest {
 }
 
 const PREFIX: &str = "step-";
+/// Prefix of the Gram teacher's tensors.
+const GRAM_TEACHER: &str = "gram_teacher.backbone.";
 const UNFINISHED: &str = ".writing-";
 
 fn name(step: u64) -> String {
@@ -134,6 +136,12 @@ fn tensors(state: &TrainState) -> WeightFile {
             file.tensors.insert(format!("{prefix}.{name}"), Weight { shape: shape.to_vec(), values: host(value) });
         });
     }
+    if let Some(backbone) = &state.gram_teacher {
+        parameters::visit(backbone, |name, shape, value| {
+            let weight = Weight { shape: shape.to_vec(), values: host(value) };
+            file.tensors.insert(format!("{GRAM_TEACHER}{name}"), weight);
+        });
+    }
     let mut flat = |name: String, value: Tensor<1>| {
         let values = host(value);
         file.tensors.insert(name, Weight { shape: vec![values.len()], values });
@@ -207,6 +215,58 @@ pub fn load_newest(folder: &Path, state: &mut TrainState, device: &Device) -> Re
     Err(TrainError::NotResumable { path: folder.to_owned(), reason })
 }
 
+/// Whether there are checkpoints in a folder, whole or not.
+///
+/// # Errors
+/// Whatever the file system says.
+pub fn any(folder: &Path) -> Result<bool, TrainError> {
+    Ok(!list(folder)?.is_empty())
+}
+
+/// The teacher of the newest whole checkpoint of a run, by parameter name.
+///
+/// # Errors
+/// If there is no checkpoint, none is whole, or a file is there and the system does not let it be read.
+pub fn teacher(folder: &Path) -> Result<BTreeMap<String, Weight>, TrainError> {
+    let (_, file) = newest(folder)?;
+    let of_teacher = |(name, weight): (String, Weight)| Some((name.strip_prefix("teacher.")?.to_owned(), weight));
+    Ok(file.tensors.into_iter().filter_map(of_teacher).collect())
+}
+
+/// Puts everything of a run's newest whole checkpoint but its step into `state`: another run goes on from there.
+///
+/// # Errors
+/// As [`teacher`]; and if the checkpoint is not of a state with these parameters.
+pub fn continue_from(folder: &Path, state: &mut TrainState, device: &Device) -> Result<(), TrainError> {
+    let (manifest, mut file) = newest(folder)?;
+    // Whose similarities are kept is the new run's own affair.
+    file.tensors.retain(|name, _| !name.starts_with(GRAM_TEACHER));
+    let gram_teacher = state.gram_teacher.take();
+    let put = put(state, &manifest, file, device);
+    state.gram_teacher = gram_teacher;
+    state.step = 0;
+    put.map_err(|reason| TrainError::NotResumable {
+        path: folder.to_owned(),
+        reason: format!("{reason}\n\nhint: `init.take = \"weights\"` takes the teacher's weights alone"),
+    })
+}
+
+fn newest(folder: &Path) -> Result<(Manifest, WeightFile), TrainError> {
+    let mut damaged = Vec::new();
+    for (_, path) in list(folder)?.into_iter().rev() {
+        match read(&path) {
+            Ok(found) => return Ok(found),
+            Err(Fault::Damaged(reason)) => damaged.push(format!("  {}: {reason}", path.display())),
+            Err(Fault::Unreadable(path, source)) => return Err(TrainError::UnreadableCheckpoint { path, source }),
+        }
+    }
+    let reason = match damaged.is_empty() {
+        true => "there is no checkpoint here".to_owned(),
+        false => format!("none of its checkpoints is whole\n{}", damaged.join("\n")),
+    };
+    Err(TrainError::NotResumable { path: folder.to_owned(), reason })
+}
+
 /// Why a checkpoint cannot be had.
 enum Fault {
     /// Its content is not what was written.
@@ -243,6 +303,14 @@ fn read(path: &Path) -> Result<(Manifest, WeightFile), Fault> {
 
 /// Puts tensors into a state of the same shape. On an error the state is unchanged.
 fn put(state: &mut TrainState, manifest: &Manifest, mut file: WeightFile, device: &Device) -> Result<(), String> {
+    if state.gram_teacher.is_none() && file.tensors.keys().any(|name| name.starts_with(GRAM_TEACHER)) {
+        // A copy that was taken after the start of the run.
+        let mut with_copy = state.clone();
+        with_copy.gram_teacher = Some(state.teacher.backbone.clone());
+        put(&mut with_copy, manifest, file, device)?;
+        *state = with_copy;
+        return Ok(());
+    }
     let expected = tensors(state);
     for (name, weight) in &expected.tensors {
         match file.tensors.get(name) {
@@ -269,6 +337,9 @@ fn put(state: &mut TrainState, manifest: &Manifest, mut file: WeightFile, device
     };
     state.student = network("student", &state.student);
     state.teacher = network("teacher", &state.teacher);
+    if let Some(backbone) = state.gram_teacher.take() {
+        state.gram_teacher = Some(parameters::replace(backbone, |name, _| take(format!("{GRAM_TEACHER}{name}"))));
+    }
     for (name, moments) in &mut state.optimizer.moments {
         moments.m = take(format!("adam_m.{name}"));
         moments.v = take(format!("adam_v.{name}"));
@@ -286,8 +357,8 @@ mod tests {
     use dinoxide_model::{HeadConfig, ModelConfig};
     use dinoxide_random::{Purpose, stream};
 
+    use crate::loss::LossConfig;
     use crate::optimizer::OptimConfig;
-    use crate::step::LossConfig;
 
     fn state() -> TrainState {
         let config = ModelConfig {

@@ -44,6 +44,24 @@ pub enum TrainError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Weights that the recipe names and that cannot be read or do not fit it.
+    #[error("`{key}`: {reason}")]
+    Pretrained {
+        /// The recipe's key.
+        key: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A stage or a student of a recipe.
+    #[error("{what} `{name}`: {source}")]
+    Stage {
+        /// Which of the two.
+        what: &'static str,
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        source: Box<TrainError>,
+    },
     /// A run directory that belongs to another configuration.
     #[error(
         "{}: this run was started with another configuration\n{differences}\n\nhint: give the new run another directory \
@@ -75,8 +93,9 @@ impl TrainError {
     /// Whether the user's configuration is at fault, rather than the run.
     pub fn is_usage(&self) -> bool {
         match self {
-            Self::Recipe(_) | Self::OtherConfig { .. } => true,
+            Self::Recipe(_) | Self::OtherConfig { .. } | Self::Pretrained { .. } => true,
             Self::Data(error) => error.is_usage(),
+            Self::Stage { source, .. } => source.is_usage(),
             _ => false,
         }
     }

@@ -3,19 +3,26 @@
 //! Read [`step::train_step`] first: it is one optimisation step on one screen. [`run::train`] is the loop around it.
 
 pub mod batch;
+pub mod cache;
 pub mod checkpoint;
 pub mod duration;
 pub mod error;
+pub mod loss;
 pub mod measure;
 pub mod metrics;
 pub mod monitor;
 pub mod network;
 pub mod optimizer;
+pub mod pretrained;
 pub mod recipe;
 pub mod run;
 pub mod schedule;
+pub mod stages;
+mod start;
 pub mod step;
+pub mod targets;
+mod terms;
 
 pub use error::TrainError;
 pub use recipe::Recipe;
-pub use run::{Event, Outcome, train};
+pub use run::{Event, Outcome, train, train_students};

@@ -11,7 +11,8 @@ use crate::batch::Batch;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 use crate::run::{peak_bytes, step_draws};
-use crate::step::{Timings, TrainState, train_step};
+use crate::start::{Initial, initial};
+use crate::step::{Timings, train_step};
 
 /// Images that the durations of the measured recipe refer to.
 const SAMPLES: usize = 1_000_000;
@@ -40,15 +41,16 @@ pub fn measure(
     steps: usize,
     watch: &mut dyn FnMut(f64),
 ) -> Result<Measured, TrainError> {
-    let plan = recipe.plan(SAMPLES)?;
     let (seed, batch_size) = (recipe.train.seed, recipe.train.batch_size);
-    let mut rng = stream(seed, Purpose::Init, 0, 0);
-    let (heads, optim, loss) = ((&recipe.dino_head, recipe.patch_head()), &recipe.optim, &recipe.loss);
-    let mut state = TrainState::new(&plan.backbone, heads.0, heads.1, optim, loss, device, &mut rng);
+    // A run directory without checkpoints to go on from.
+    let directory = tempfile::tempdir().map_err(TrainError::io(&std::env::temp_dir()))?;
+    let Initial { mut state, plan, .. } = initial(recipe, recipe.plan(SAMPLES)?, directory.path(), device)?;
     state.student.backbone = state.student.backbone.recomputing(recipe.efficiency.recompute);
     let shapes = dinoxide_model::parameters::shapes(&state.teacher);
     let parameters = shapes.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
-    let crops = &recipe.augmentation;
+    // Of several crop sizes the first.
+    let crops = recipe.augmentation.choices().swap_remove(0);
+    let mut rng = stream(seed, Purpose::Synthetic, 0, 0);
     let grid = plan.backbone.grid(crops.global_crop_size, crops.global_crop_size).expect("the plan has checked it");
     let samples: Vec<(String, Crops)> = (0..batch_size)
         .map(|i| {
@@ -59,7 +61,8 @@ pub fn measure(
             };
             let global = [noise(crops.global_crop_size), noise(crops.global_crop_size)];
             let local = (0..crops.local_crops).map(|_| noise(crops.local_crop_size)).collect();
-            (format!("noise {i}"), Crops { global, local })
+            let gram = (crops.gram_crop_size > 0).then(|| [noise(crops.gram_crop_size), noise(crops.gram_crop_size)]);
+            (format!("noise {i}"), Crops { global, local, gram })
         })
         .collect();
     let mut taken = Vec::with_capacity(steps);
@@ -68,7 +71,8 @@ pub fn measure(
         let masks = batch_masks(2 * batch_size, grid, &recipe.mask, &mut stream(seed, Purpose::Mask, step, 0));
         let batch = Batch::new(&samples, masks, crops.mean, crops.std, device);
         let draws = step_draws(recipe, &plan.backbone, step);
-        train_step(&mut state, &batch, &draws, loss, plan.schedule.at(step))?;
+        let losses = plan.schedule.losses_at(&recipe.loss, step);
+        train_step(&mut state, &batch, &draws, &losses, plan.schedule.at(step))?;
         let seconds = start.elapsed().as_secs_f64();
         if step >= warmup as u64 {
             taken.push((seconds, state.timings));

@@ -7,24 +7,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
-use crate::step::TargetEntropy;
-
-/// Losses of a line; `null` for a term that the recipe leaves out.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct LossLine {
-    /// Nats; global crops against the other global crop.
-    pub dino_global: Option<f64>,
-    /// Nats; local crops against global crops.
-    pub dino_local: Option<f64>,
-    /// Nats; masked patches.
-    pub ibot: Option<f64>,
-    /// Nearest-neighbour spread.
-    pub koleo: Option<f64>,
-    /// Gram anchoring.
-    pub gram: Option<f64>,
-    /// What was minimised.
-    pub total: f64,
-}
+use crate::loss::LossValues;
+use crate::targets::TargetEntropy;
 
 /// Values of the schedules.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -71,7 +55,7 @@ pub enum Line {
         /// Share of that time spent waiting for images.
         data_wait: f64,
         /// Losses of this step.
-        losses: LossLine,
+        losses: LossValues,
         /// Gradient norms before clipping.
         gradient_norms: std::collections::BTreeMap<String, f64>,
         /// Schedule values of this step.
@@ -177,6 +161,19 @@ impl MetricsFile {
         dinoxide_model::weights::write_atomically(path, &kept).map_err(io(path))?;
         let file = OpenOptions::new().append(true).open(path).map_err(io(path))?;
         Ok(Self { path: path.to_owned(), file })
+    }
+
+    /// Whether a file's last line says that its run is at its end; a missing file has none.
+    ///
+    /// # Errors
+    /// Whatever the file system says.
+    pub fn has_end(path: &Path) -> Result<bool, TrainError> {
+        if !path.exists() {
+            return Ok(false);
+        }
+        let text = std::fs::read_to_string(path).map_err(TrainError::io(path))?;
+        let last = text.lines().last().map(serde_json::from_str::<Line>);
+        Ok(matches!(last, Some(Ok(Line::End { .. }))))
     }
 
     /// Adds a line.

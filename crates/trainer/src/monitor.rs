@@ -7,7 +7,9 @@ use std::sync::Arc;
 use burn::tensor::Device;
 use dinoxide_augmentation::AugmentationConfig;
 use dinoxide_data::{DecodeLimits, Rejected, Source, open};
-use dinoxide_evaluation::{EvaluationError, Extraction, FeatureSource, KnnConfig, Token, extract, knn, spectrum};
+use dinoxide_evaluation::{
+    EvaluationError, Extraction, FeatureSource, KnnConfig, Protocol, Token, extract, knn, spectrum,
+};
 use dinoxide_model::Backbone;
 
 use crate::error::TrainError;
@@ -37,6 +39,8 @@ pub struct Finding {
     pub effective_rank: f64,
     /// Width of the features.
     pub embed_dim: usize,
+    /// The conditions of the measurement.
+    pub protocol: Protocol,
 }
 
 /// Every how many images one is held out, where no images to classify are given.
@@ -189,6 +193,7 @@ impl Monitor {
             },
             effective_rank: spectrum.effective_rank,
             embed_dim: spectrum.dim,
+            protocol: report.protocol.clone(),
         })
     }
 }

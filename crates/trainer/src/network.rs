@@ -1,8 +1,10 @@
 //! A backbone with its heads: what the student and the teacher each are.
 
 use burn::module::Module;
-use burn::tensor::{Bool, Device, Tensor};
-use dinoxide_model::{Architecture, Backbone, CropGroup, Features, HeadConfig, ProjectionHead, StochasticDraws};
+use burn::tensor::{Bool, Device, Int, Tensor};
+use dinoxide_model::{
+    Architecture, Backbone, CropGroup, Features, HeadConfig, ProjectionHead, Projector, StochasticDraws,
+};
 use rand::Rng;
 
 /// Backbone and projection heads.
@@ -14,10 +16,12 @@ pub struct Network {
     pub dino_head: ProjectionHead,
     /// The head of patch tokens.
     pub ibot_head: Option<ProjectionHead>,
+    /// From this backbone's tokens to a frozen teacher's.
+    pub projector: Option<Projector>,
 }
 
 /// The parts of a network whose gradients are clipped by a norm of their own.
-pub const SUBMODULES: [&str; 3] = ["backbone", "dino_head", "ibot_head"];
+pub const SUBMODULES: [&str; 4] = ["backbone", "dino_head", "ibot_head", "projector"];
 
 impl Network {
     /// A network with fresh weights. `ibot_head` is `None` when patch tokens share the head of CLS tokens.
@@ -33,6 +37,7 @@ impl Network {
             backbone: Backbone::new(backbone, device, rng),
             dino_head: ProjectionHead::new(dim, dino_head, device, rng),
             ibot_head: ibot_head.map(|head| ProjectionHead::new(dim, head, device, rng)),
+            projector: None,
         }
     }
 
@@ -52,20 +57,32 @@ impl Network {
         group: CropGroup,
         draws: Option<&StochasticDraws>,
     ) -> Features {
+        let images = flat(crops);
         match draws {
-            Some(draws) => self.backbone.forward_train(stacked(crops), mask, group, draws),
-            None => self.backbone.forward(stacked(crops), mask),
+            Some(draws) => self.backbone.forward_train(images, mask, group, draws),
+            None => self.backbone.forward(images, mask),
         }
     }
 
     /// The student's CLS tokens of local crops `[L, B, C, h, w]`, `[L·B, D]`.
     pub fn local_cls(&self, crops: Tensor<5>, draws: &StochasticDraws) -> Tensor<2> {
-        self.backbone.cls_train(stacked(crops), CropGroup::Local, draws)
+        self.backbone.cls_train(flat(crops), CropGroup::Local, draws)
     }
 }
 
-/// `[V, B, C, H, W]` → `[V·B, C, H, W]`.
-fn stacked(crops: Tensor<5>) -> Tensor<4> {
+/// Crops stacked along the batch: `[V, B, C, H, W]` → `[V·B, C, H, W]`.
+pub(crate) fn flat(crops: Tensor<5>) -> Tensor<4> {
     let [views, batch, channels, height, width] = crops.dims();
     crops.reshape([views * batch, channels, height, width])
+}
+
+/// `[B, N, D]` → `[B·N, D]`.
+pub(crate) fn rows(tokens: Tensor<3>) -> Tensor<2> {
+    let [batch, count, dim] = tokens.dims();
+    tokens.reshape([batch * count, dim])
+}
+
+/// The rows of tokens `[B, N, D]` at `indices` into their flattened list.
+pub(crate) fn gather(tokens: Tensor<3>, indices: Tensor<1, Int>) -> Tensor<2> {
+    rows(tokens).select(0, indices)
 }

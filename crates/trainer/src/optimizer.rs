@@ -211,7 +211,8 @@ impl AdamW {
                     coefficient(f64::from(square).sqrt())
                 }
             };
-            let lr = if frozen { 0.0 } else { at.lr * group.lr_multiplier };
+            let still = frozen || (at.backbone_frozen && split(name).0 == "backbone");
+            let lr = if still { 0.0 } else { at.lr * group.lr_multiplier };
             state.steps += 1;
             // The moments are handed over, so that the update can take place in their memory.
             let zeros = Tensor::zeros([1], &weight.device());

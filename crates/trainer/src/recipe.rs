@@ -11,9 +11,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::duration::Duration;
 use crate::error::TrainError;
+use crate::loss::{EMA, GramTokens, LossConfig};
 use crate::optimizer::OptimConfig;
+use crate::pretrained::{DistillationConfig, InitConfig, Take};
 use crate::schedule::{Form, Schedule, ScheduleConfig};
-use crate::step::LossConfig;
+use crate::stages::Stage;
 
 /// The `[run]` table: what is shown and kept.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -135,6 +137,10 @@ pub struct Recipe {
     pub dino_head: HeadConfig,
     /// The head of patch tokens, when separate.
     pub ibot_head: HeadConfig,
+    /// What the run starts from.
+    pub init: InitConfig,
+    /// What it learns from, if not from its own running mean.
+    pub distillation: DistillationConfig,
     /// The losses.
     pub loss: LossConfig,
     /// The optimizer.
@@ -145,6 +151,10 @@ pub struct Recipe {
     pub eval: EvalConfig,
     /// Speed and memory.
     pub efficiency: EfficiencyConfig,
+    /// Runs in a row, each with some of these values changed; none: one run of the recipe as it is.
+    pub stages: Vec<Stage>,
+    /// Students of one frozen teacher, trained on the same batches, each with some of these values changed; none: one.
+    pub students: Vec<Stage>,
 }
 
 /// A recipe's lengths in steps, and the backbone in numbers.
@@ -176,16 +186,15 @@ impl Recipe {
         self.augmentation.validate().map_err(|e| invalid(e.to_string()))?;
         self.mask.validate().map_err(|e| invalid(e.to_string()))?;
         let backbone = self.model.resolve(self.augmentation.global_crop_size).map_err(|e| invalid(e.to_string()))?;
-        if self.augmentation.local_crops > 0 {
-            let size = self.augmentation.local_crop_size;
-            backbone.grid(size, size).map_err(|e| invalid(format!("`augmentation.local_crop_size`: {e}")))?;
-        }
+        self.check_crops(&backbone)?;
         let batch = self.train.batch_size;
         self.check_sizes(&backbone)?;
         if let Architecture::ConvNext(_) = backbone {
             self.check_convnext()?;
         }
         self.check_losses()?;
+        self.check_gram()?;
+        self.check_distillation()?;
         let steps = self.train.length.steps(batch, samples);
         if steps == 0 {
             return Err(invalid(format!(
@@ -193,7 +202,12 @@ impl Recipe {
                 self.train.length
             )));
         }
-        let schedule = Schedule::new(&self.schedule, steps, batch, samples).map_err(invalid)?;
+        if self.init.from.is_empty() && self.init.take == Take::State {
+            return Err(invalid(
+                "`init.take` is \"state\" and `init.from` empty: there is no run to go on from".into(),
+            ));
+        }
+        let schedule = Schedule::new(&self.schedule, &self.loss.gram, steps, batch, samples).map_err(invalid)?;
         let every = |key: &str, duration: Duration| match duration.steps(batch, samples) {
             0 => Err(invalid(format!("`{key}` \"{duration}\" is not a single step of {batch} images"))),
             steps => Ok(steps),
@@ -207,6 +221,115 @@ impl Recipe {
             checkpoint_every: every("run.checkpoint_every", self.run.checkpoint_every)?,
             eval_every: self.eval.every.steps(batch, samples),
         })
+    }
+
+    fn check_crops(&self, backbone: &Architecture) -> Result<(), TrainError> {
+        let prefix = if self.augmentation.sizes.is_empty() { "augmentation." } else { "augmentation.sizes: " };
+        for choice in self.augmentation.choices() {
+            let mut sizes = vec![("global_crop_size", choice.global_crop_size)];
+            if choice.local_crops > 0 {
+                sizes.push(("local_crop_size", choice.local_crop_size));
+            }
+            for (key, size) in sizes {
+                backbone.grid(size, size).map_err(|e| TrainError::Recipe(format!("`{prefix}{key}`: {e}")))?;
+            }
+        }
+        let gram = &self.loss.gram;
+        let wanted = self.augmentation.choices().iter().any(|choice| choice.gram_crop_size > 0);
+        if wanted && (gram.weight == 0.0 || gram.teacher == EMA) {
+            return Err(TrainError::Recipe(format!(
+                "`augmentation.gram_crop_size` is set, `loss.gram.weight` is {} and `loss.gram.teacher` \"{}\": only a \
+                 Gram teacher of its own sees crops of its own\n\nhint: set `augmentation.gram_crop_size = 0`, or \
+                 `loss.gram.teacher` to \"snapshot\" or a file",
+                gram.weight, gram.teacher
+            )));
+        }
+        Ok(())
+    }
+
+    fn check_gram(&self) -> Result<(), TrainError> {
+        let invalid = |message: String| Err(TrainError::Recipe(message));
+        let gram = &self.loss.gram;
+        if gram.weight == 0.0 {
+            return Ok(());
+        }
+        if gram.per_image && gram.tokens != GramTokens::All {
+            return invalid(
+                "`loss.gram.tokens` selects some of the patches and `loss.gram.per_image` is true: images have different \
+                 numbers of masked patches\n\nhint: set `loss.gram.per_image = false`, or `loss.gram.tokens = \"all\"`"
+                    .into(),
+            );
+        }
+        if gram.tokens != GramTokens::All && self.loss.ibot_weight == 0.0 {
+            return invalid(
+                "`loss.gram.tokens` asks for masked or unmasked patches and `loss.ibot_weight` is 0: nothing is \
+                 masked\n\nhint: set `loss.gram.tokens = \"all\"`"
+                    .into(),
+            );
+        }
+        if !gram.per_image && self.efficiency.micro_batches > 1 {
+            return invalid(format!(
+                "`loss.gram.per_image` is false and `efficiency.micro_batches` {}: the similarities between all patches of \
+                 a batch need it whole\n\nhint: set `loss.gram.per_image = true`, or `efficiency.micro_batches = 1`",
+                self.efficiency.micro_batches
+            ));
+        }
+        let replaced = gram.refresh_every != Duration::ZERO || gram.refresh_from != Duration::ZERO;
+        if gram.teacher == EMA && (replaced || gram.max_refreshes > 0) {
+            return invalid(
+                "`loss.gram.teacher` is \"ema\", which changes with every step, and `loss.gram.refresh_from`, \
+                 `refresh_every` or `max_refreshes` is set\n\nhint: set `loss.gram.teacher = \"snapshot\"`, or leave \
+                 those out"
+                    .into(),
+            );
+        }
+        if gram.max_refreshes > 0 && gram.refresh_every == Duration::ZERO {
+            return invalid(format!(
+                "`loss.gram.max_refreshes` is {} and `loss.gram.refresh_every` 0: the copy is never replaced\n\nhint: set \
+                 `loss.gram.refresh_every`, or `loss.gram.max_refreshes = 0`",
+                gram.max_refreshes
+            ));
+        }
+        Ok(())
+    }
+
+    fn check_distillation(&self) -> Result<(), TrainError> {
+        let invalid = |message: &str| Err(TrainError::Recipe(message.to_owned()));
+        let features = &self.loss.features;
+        if !self.is_distilled() && !self.distillation.cache.is_empty() {
+            return invalid(
+                "`distillation.cache` is set and `distillation.teacher` empty: the teacher's heads, and the check that the cache \
+                 is of it, need both",
+            );
+        }
+        if !self.is_distilled() {
+            return match features.is_used() {
+                true => invalid(
+                    "`[loss.features]` has weights and `distillation.teacher` is empty: there are no features to \
+                     match\n\nhint: set `distillation.teacher`",
+                ),
+                false => Ok(()),
+            };
+        }
+        if self.loss.gram.weight > 0.0 && self.loss.gram.teacher == EMA {
+            return invalid(
+                "`loss.gram.teacher` is \"ema\" and `distillation.teacher` is set: the targets' teacher and the running mean \
+                 are two networks, and DINOv3 leaves open which of them is meant\n\nhint: set `loss.gram.teacher` to \
+                 \"snapshot\" (the student's own past) or to the teacher's file",
+            );
+        }
+        if features.relation_weight > 0.0 && self.efficiency.micro_batches > 1 {
+            return invalid(
+                "`loss.features.relation_weight` compares all images of a batch, which `efficiency.micro_batches` \
+                 divides\n\nhint: set `efficiency.micro_batches = 1`",
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether a frozen teacher gives the targets.
+    pub fn is_distilled(&self) -> bool {
+        !self.distillation.teacher.is_empty()
     }
 
     fn check_sizes(&self, backbone: &Architecture) -> Result<(), TrainError> {
@@ -287,7 +410,8 @@ impl Recipe {
                 loss.ibot_weight, self.mask.probability, self.mask.ratio[1]
             ));
         }
-        if loss.ibot_weight > 0.0 && !self.model.mask_token {
+        // Under a frozen teacher, nothing is masked for the student.
+        if loss.ibot_weight > 0.0 && !self.model.mask_token && !self.is_distilled() {
             return invalid(format!(
                 "`loss.ibot_weight` is {} and `model.mask_token` is false: masked patches need a mask token",
                 loss.ibot_weight
@@ -298,6 +422,10 @@ impl Recipe {
             ("loss.local_weight", loss.local_weight),
             ("loss.ibot_weight", loss.ibot_weight),
             ("loss.koleo_weight", loss.koleo_weight),
+            ("loss.gram.weight", loss.gram.weight),
+            ("loss.features.cls_weight", loss.features.cls_weight),
+            ("loss.features.patch_weight", loss.features.patch_weight),
+            ("loss.features.relation_weight", loss.features.relation_weight),
             ("optim.clip_norm", self.optim.clip_norm),
             ("optim.layerwise_decay", self.optim.layerwise_decay),
             ("optim.patch_embed_lr_mult", self.optim.patch_embed_lr_mult),
@@ -312,8 +440,14 @@ impl Recipe {
         if let Some((key, value)) = least.into_iter().find(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
             return invalid(format!("`{key}` is {value}, must be a number from 0 on"));
         }
-        if loss.dino_weight == 0.0 && loss.ibot_weight == 0.0 {
-            return invalid("`loss.dino_weight` and `loss.ibot_weight` are both 0: nothing would be learned".into());
+        for (name, curve) in self.schedule.loss.named() {
+            let values = [("start", curve.start), ("peak", curve.peak), ("end", curve.end)];
+            if let Some((part, value)) = values.into_iter().find(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
+                return invalid(format!("`schedule.loss.{name}.{part}` is {value}, must be a number from 0 on"));
+            }
+        }
+        if loss.dino_weight == 0.0 && loss.ibot_weight == 0.0 && !loss.features.is_used() {
+            return invalid("`loss.dino_weight` and `loss.ibot_weight` are both 0, and so are the weights in `[loss.features]`: nothing would be learned".into());
         }
         let temps = &self.schedule.teacher_temp;
         let temps = [
@@ -350,13 +484,9 @@ impl Recipe {
 
     /// What a ConvNeXt cannot do is an error, not left out.
     fn check_convnext(&self) -> Result<(), TrainError> {
+        let masked = if self.is_distilled() { 0.0 } else { self.loss.ibot_weight };
         let values = [
-            (
-                "loss.ibot_weight",
-                self.loss.ibot_weight,
-                0.0,
-                "has no mask token, so it would see the patches it is asked for",
-            ),
+            ("loss.ibot_weight", masked, 0.0, "has no mask token, so it would see the patches it is asked for"),
             ("optim.layerwise_decay", self.optim.layerwise_decay, 1.0, "has the same learning rate in every block"),
             ("optim.patch_embed_lr_mult", self.optim.patch_embed_lr_mult, 1.0, "has no patch embedding"),
         ];

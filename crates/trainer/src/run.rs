@@ -15,20 +15,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::tensor::Device;
-use dinoxide_augmentation::{Crops, MultiCrop, batch_masks};
+use dinoxide_augmentation::{AugmentationConfig, Crops, MultiCrop, batch_masks};
 use dinoxide_config::{Resolved, difference};
 use dinoxide_data::{DataError, Drawn, Loader, Rejected, SampleReader, Source};
 use dinoxide_evaluation::EvaluationError;
 use dinoxide_model::Architecture;
-use dinoxide_model::weights::{Description, Provenance, backbone_file, write_atomically};
+use dinoxide_model::weights::{Description, Provenance, Score, backbone_file, write_atomically};
 use dinoxide_random::{Purpose, epoch_view, stream};
 
 use crate::batch::Batch;
+use crate::cache::Cache;
 use crate::checkpoint::{self, Progress};
 use crate::error::TrainError;
-use crate::metrics::{Line, LossLine, MetricsFile, ScheduleLine};
+use crate::metrics::{Line, MetricsFile, ScheduleLine};
 use crate::monitor::{Finding, Monitor};
 use crate::recipe::{Plan, Recipe};
+use crate::stages::Planned;
+use crate::start::{Initial, initial};
 use crate::step::{StepDraws, StepReport, TrainState, train_step};
 
 /// What made a run, in its log and its weight files.
@@ -51,6 +54,8 @@ pub enum Event<'a> {
         /// Whether k-NN is measured.
         monitored: bool,
     },
+    /// Something about the weights that the run starts or learns from.
+    Note(&'a str),
     /// A damaged checkpoint was passed over.
     DamagedCheckpoint {
         /// Where.
@@ -141,19 +146,159 @@ pub fn train(
     stop: &AtomicBool,
     watch: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome, TrainError> {
-    let config = &recipe.value;
-    let source = config.data.open()?;
-    let plan = config.plan(source.len())?;
-    let monitor = Monitor::new(config, &source, &config.data.decode)?;
-    let _lock = prepare_directory(recipe, directory)?;
-    let mut run = Run::start(config, plan, source, monitor, directory, device, watch)?;
-    run.go(stop, watch)
+    let runs = [(&recipe.value, recipe, directory)];
+    let mut outcomes = train_together(&recipe.value, &runs, device, stop, &mut |_, event| watch(event))?;
+    Ok(outcomes.remove(0))
+}
+
+/// Trains several students on the same batches, each in a directory of its own. Their frozen teacher sees each batch once.
+///
+/// Students that were stopped at different steps wait for the one that is furthest behind.
+///
+/// # Errors
+/// As [`train`].
+pub fn train_students(
+    recipe: &Resolved<Recipe>,
+    students: &[Planned],
+    device: &Device,
+    stop: &AtomicBool,
+    watch: &mut dyn FnMut(usize, Event<'_>),
+) -> Result<Vec<Outcome>, TrainError> {
+    let runs: Vec<_> =
+        students.iter().map(|student| (&student.recipe.value, &student.recipe, student.directory.as_path())).collect();
+    train_together(&recipe.value, &runs, device, stop, watch)
+}
+
+/// `shared` says which images there are and how they are cropped.
+fn train_together(
+    shared: &Recipe,
+    runs: &[(&Recipe, &Resolved<Recipe>, &Path)],
+    device: &Device,
+    stop: &AtomicBool,
+    watch: &mut dyn FnMut(usize, Event<'_>),
+) -> Result<Vec<Outcome>, TrainError> {
+    let source = shared.data.open()?;
+    let mut prepared = Vec::new();
+    for (config, _, directory) in runs {
+        let plan = config.plan(source.len())?;
+        let monitor = Monitor::new(config, &source, &config.data.decode)?;
+        prepared.push((initial(config, plan, directory, device)?, monitor));
+    }
+    let cache = Cache::open(shared, source.len(), device)?;
+    let (mut locks, mut started) = (Vec::new(), Vec::<Run<'_>>::new());
+    for (i, ((config, recipe, directory), (initial, monitor))) in runs.iter().zip(prepared).enumerate() {
+        locks.push(prepare_directory(recipe, directory)?);
+        let watch = &mut |event: Event<'_>| watch(i, event);
+        let mut run = Run::start(config, initial, source.clone(), monitor, directory, device, watch)?;
+        if let Some(first) = started.first() {
+            // One teacher in memory, which all of them have named.
+            run.state.frozen = first.state.frozen.clone();
+        }
+        started.push(run);
+    }
+    go(shared, &source, cache, &mut started, stop, watch)
+}
+
+/// From where the runs stand to their end.
+fn go(
+    shared: &Recipe,
+    source: &Arc<dyn Source>,
+    mut cache: Option<Cache>,
+    runs: &mut [Run<'_>],
+    stop: &AtomicBool,
+    watch: &mut dyn FnMut(usize, Event<'_>),
+) -> Result<Vec<Outcome>, TrainError> {
+    for i in 0..runs.len() {
+        timed(runs, i, |run| run.evaluate_first(&mut |event| watch(i, event)))?;
+    }
+    let mut step = runs.iter().map(|run| run.state.step).min().expect("at least one run");
+    let steps = runs[0].plan.steps;
+    let locals = runs.iter().map(|run| run.local_crops()).max().expect("at least one run");
+    let mut loader = loader(shared, locals, source, step)?;
+    runs.iter_mut().for_each(|run| run.clock.window_start = Instant::now());
+    while step < steps && !stop.load(Ordering::Relaxed) {
+        let (mut batch, drawn) = next_batch(shared, &runs[0].plan.backbone, step, &mut loader, runs[0].device)?;
+        for (i, run) in runs.iter_mut().enumerate().filter(|(_, run)| run.state.step == step) {
+            run.record(&drawn, &mut |event| watch(i, event))?;
+        }
+        if let Some(cache) = &mut cache {
+            let size = shared.train.batch_size;
+            batch.tokens = Some(cache.tokens(step * size as u64, size)?);
+        } else if let Some(frozen) = runs[0].state.frozen.as_ref().filter(|_| runs.len() > 1) {
+            batch.tokens = Some(frozen.tokens(&batch, shared.efficiency.micro_batches));
+        }
+        let waited = loader.waited().as_secs_f64();
+        for i in 0..runs.len() {
+            if runs[i].state.step == step {
+                timed(runs, i, |run| run.take(&batch, waited, &mut |event| watch(i, event)))?;
+            }
+        }
+        step += 1;
+    }
+    drop(loader);
+    (0..runs.len()).map(|i| timed(runs, i, |run| run.finish(&mut |event| watch(i, event)))).collect()
+}
+
+/// Lets one of the runs act; to the others, the time is time spent elsewhere.
+fn timed<T>(runs: &mut [Run<'_>], i: usize, act: impl FnOnce(&mut Run<'_>) -> T) -> T {
+    let since = Instant::now();
+    let result = act(&mut runs[i]);
+    let seconds = since.elapsed().as_secs_f64();
+    runs.iter_mut().enumerate().filter(|(other, _)| *other != i).for_each(|(_, run)| run.clock.elsewhere += seconds);
+    result
+}
+
+/// Workers that read and augment the samples of step `step` and later ones, with so many local crops.
+fn loader(
+    config: &Recipe,
+    locals: usize,
+    source: &Arc<dyn Source>,
+    step: u64,
+) -> Result<Loader<Result<Sample, DataError>>, TrainError> {
+    let seed = config.train.seed;
+    let reader = SampleReader::new(source.clone(), seed);
+    let augmentation = AugmentationConfig { local_crops: locals, ..config.augmentation.clone() };
+    let choices: Result<Vec<_>, _> = augmentation.choices().iter().map(MultiCrop::new).collect();
+    let choices = choices.map_err(|e| TrainError::Recipe(e.to_string()))?;
+    let batch = config.train.batch_size;
+    let work = move |position: u64| {
+        let drawn = reader.draw(position)?;
+        let (index, epoch) = (drawn.index as u64, drawn.epoch);
+        let choice = crop_sizes(&augmentation, seed, position / batch as u64);
+        let crops = choices[choice]
+            .crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
+        Ok(Sample { id: reader.source().id(drawn.index), drawn, crops })
+    };
+    let window = batch * config.efficiency.prefetch;
+    Ok(Loader::new(config.efficiency.loader_threads, window, step * batch as u64, work)?)
+}
+
+/// The batch of a step, and where its samples are from.
+fn next_batch(
+    config: &Recipe,
+    backbone: &Architecture,
+    step: u64,
+    loader: &mut Loader<Result<Sample, DataError>>,
+    device: &Device,
+) -> Result<(Batch, Vec<Drawn>), TrainError> {
+    let (mut samples, mut all_drawn) = (Vec::new(), Vec::new());
+    for _ in 0..config.train.batch_size {
+        let Sample { drawn, id, crops } = loader.next()??;
+        samples.push((id, crops));
+        all_drawn.push(drawn);
+    }
+    let size = samples[0].1.global[0].width() as usize;
+    let grid = backbone.grid(size, size).expect("the plan has checked the size of the crops");
+    let mut rng = stream(config.train.seed, Purpose::Mask, step, 0);
+    let masks = batch_masks(2 * samples.len(), grid, &config.mask, &mut rng);
+    let (mean, std) = (config.augmentation.mean, config.augmentation.std);
+    Ok((Batch::new(&samples, masks, mean, std, device), all_drawn))
 }
 
 /// Creates the run directory, or checks that it is of the same configuration.
 ///
 /// The file returned is locked, so that no other process trains here for as long as it is open.
-fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<File, TrainError> {
+pub(crate) fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<File, TrainError> {
     std::fs::create_dir_all(directory).map_err(TrainError::io(directory))?;
     let lock_path = directory.join(".lock");
     let lock = File::create(&lock_path).map_err(TrainError::io(&lock_path))?;
@@ -174,6 +319,8 @@ fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<File
         let mut known = known.value;
         known.run = recipe.value.run.clone();
         known.efficiency = recipe.value.efficiency.clone();
+        // Where a finished run or a file lies may change; what was taken from it is in the checkpoints.
+        known.init.from = recipe.value.init.from.clone();
         let differences = difference(&known, &recipe.value);
         if !differences.is_empty() {
             let differences: Vec<String> = differences.iter().map(|d| format!("  {d}")).collect();
@@ -189,7 +336,6 @@ fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> Result<File
 struct Run<'a> {
     config: &'a Recipe,
     plan: Plan,
-    source: Arc<dyn Source>,
     monitor: Option<Monitor>,
     directory: &'a Path,
     device: &'a Device,
@@ -198,6 +344,8 @@ struct Run<'a> {
     metrics: MetricsFile,
     clock: Clock,
     last: Option<Finding>,
+    /// The step that it is of.
+    evaluated: Option<u64>,
     /// The step of the checkpoint that was loaded or written last.
     saved: Option<u64>,
 }
@@ -206,8 +354,8 @@ struct Run<'a> {
 struct Clock {
     /// Seconds of earlier sessions.
     before: f64,
-    /// Seconds of this session spent on evaluations.
-    evaluating: f64,
+    /// Seconds of this session spent on evaluations, and on other students.
+    elsewhere: f64,
     start: Instant,
     window_start: Instant,
     window_images: u64,
@@ -217,7 +365,7 @@ struct Clock {
 
 impl Clock {
     fn seconds(&self) -> f64 {
-        self.before + self.start.elapsed().as_secs_f64() - self.evaluating
+        self.before + self.start.elapsed().as_secs_f64() - self.elsewhere
     }
 }
 
@@ -247,20 +395,22 @@ pub(crate) fn step_draws(recipe: &Recipe, backbone: &Architecture, step: u64) ->
         .collect()
 }
 
+/// Which of the recipe's crop sizes a step has.
+fn crop_sizes(augmentation: &AugmentationConfig, seed: u64, step: u64) -> usize {
+    augmentation.choose(&mut stream(seed, Purpose::CropSizes, step, 0))
+}
+
 impl<'a> Run<'a> {
     fn start(
         config: &'a Recipe,
-        plan: Plan,
+        initial: Initial,
         source: Arc<dyn Source>,
         monitor: Option<Monitor>,
         directory: &'a Path,
         device: &'a Device,
         watch: &mut dyn FnMut(Event<'_>),
     ) -> Result<Self, TrainError> {
-        let mut rng = stream(config.train.seed, Purpose::Init, 0, 0);
-        let (dino_head, patch_head) = (&config.dino_head, config.patch_head());
-        let mut state =
-            TrainState::new(&plan.backbone, dino_head, patch_head, &config.optim, &config.loss, device, &mut rng);
+        let Initial { mut state, plan, notes } = initial;
         let mut progress = Progress { samples: source.len(), ..Progress::default() };
         let loaded = checkpoint::load_newest(&directory.join("checkpoints"), &mut state, device)?;
         let mut damaged = Vec::new();
@@ -295,13 +445,14 @@ impl<'a> Run<'a> {
             resumed: saved,
             monitored: monitor.is_some(),
         });
+        notes.iter().for_each(|note| watch(Event::Note(note)));
         for (path, reason) in &damaged {
             watch(Event::DamagedCheckpoint { path, reason });
         }
         let now = Instant::now();
         let clock = Clock {
             before: progress.seconds,
-            evaluating: 0.0,
+            elsewhere: 0.0,
             start: now,
             window_start: now,
             window_images: 0,
@@ -311,7 +462,6 @@ impl<'a> Run<'a> {
         Ok(Self {
             config,
             plan,
-            source,
             monitor,
             directory,
             device,
@@ -320,30 +470,48 @@ impl<'a> Run<'a> {
             metrics,
             clock,
             last: None,
+            evaluated: None,
             saved,
         })
     }
 
-    fn go(&mut self, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, TrainError> {
+    /// What is due before the first step.
+    fn evaluate_first(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
         if self.state.step == 0 {
             self.export()?;
             if let Some(finding) = self.evaluate(watch)? {
                 self.progress.first_knn = Some(finding.knn.top1);
             }
         }
-        let mut loader = self.loader()?;
-        self.clock.window_start = Instant::now();
-        while self.state.step < self.plan.steps && !stop.load(Ordering::Relaxed) {
-            let batch = self.next_batch(&mut loader, watch)?;
-            let at = self.plan.schedule.at(self.state.step);
-            let draws = step_draws(self.config, &self.plan.backbone, at.step);
-            let report = train_step(&mut self.state, &batch, &draws, &self.config.loss, at)?;
-            self.progress.step = self.state.step;
-            self.progress.images += batch.len() as u64;
-            self.after_step(&report, loader.waited().as_secs_f64(), watch)?;
+        Ok(())
+    }
+
+    /// Notes which images of a batch could not be read.
+    fn record(&mut self, drawn: &[Drawn], watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
+        for drawn in drawn {
+            let known = self.progress.bad_images.list().len();
+            self.progress.bad_images.record(drawn);
+            self.progress.bad_images.list()[known..].iter().for_each(|rejected| watch(Event::BadImage(rejected)));
         }
-        drop(loader);
-        self.finish(watch)
+        Ok(self.progress.bad_images.check(self.plan.samples, self.config.data.max_bad_share)?)
+    }
+
+    /// Local crops that a loss looks at.
+    fn local_crops(&self) -> usize {
+        let used = self.config.loss.dino_weight > 0.0 && self.config.loss.local_weight > 0.0;
+        if used { self.config.augmentation.local_crops } else { 0 }
+    }
+
+    /// One step.
+    fn take(&mut self, batch: &Batch, waited: f64, watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
+        let batch = batch.with_locals(self.local_crops());
+        let at = self.plan.schedule.at(self.state.step);
+        let draws = step_draws(self.config, &self.plan.backbone, at.step);
+        let losses = self.plan.schedule.losses_at(&self.config.loss, at.step);
+        let report = train_step(&mut self.state, &batch, &draws, &losses, at)?;
+        self.progress.step = self.state.step;
+        self.progress.images += batch.len() as u64;
+        self.after_step(&report, waited, watch)
     }
 
     /// Logging, evaluation and checkpoints, each at its own period.
@@ -395,14 +563,7 @@ impl<'a> Run<'a> {
             seconds: self.clock.seconds(),
             images_per_second: rate,
             data_wait: wait,
-            losses: LossLine {
-                dino_global: losses.dino_global,
-                dino_local: losses.dino_local,
-                ibot: losses.ibot,
-                koleo: losses.koleo,
-                gram: None,
-                total: losses.total,
-            },
+            losses: losses.clone(),
             gradient_norms: report.gradient_norms.iter().map(|(name, norm)| ((*name).to_owned(), *norm)).collect(),
             schedule: ScheduleLine {
                 lr: at.lr,
@@ -427,45 +588,6 @@ impl<'a> Run<'a> {
         (self.config.dino_head.prototypes as f64).ln()
     }
 
-    /// Workers that read and augment the samples of this and later steps.
-    fn loader(&self) -> Result<Loader<Result<Sample, DataError>>, TrainError> {
-        let seed = self.config.train.seed;
-        let reader = SampleReader::new(self.source.clone(), seed);
-        let crops = MultiCrop::new(&self.config.augmentation).map_err(|e| TrainError::Recipe(e.to_string()))?;
-        let batch = self.config.train.batch_size;
-        let work = move |position| {
-            let drawn = reader.draw(position)?;
-            let (index, epoch) = (drawn.index as u64, drawn.epoch);
-            let crops =
-                crops.crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
-            Ok(Sample { id: reader.source().id(drawn.index), drawn, crops })
-        };
-        let window = batch * self.config.efficiency.prefetch;
-        Ok(Loader::new(self.config.efficiency.loader_threads, window, self.state.step * batch as u64, work)?)
-    }
-
-    fn next_batch(
-        &mut self,
-        loader: &mut Loader<Result<Sample, DataError>>,
-        watch: &mut dyn FnMut(Event<'_>),
-    ) -> Result<Batch, TrainError> {
-        let config = self.config;
-        let mut samples = Vec::with_capacity(config.train.batch_size);
-        for _ in 0..config.train.batch_size {
-            let Sample { drawn, id, crops } = loader.next()??;
-            let known = self.progress.bad_images.list().len();
-            self.progress.bad_images.record(&drawn);
-            self.progress.bad_images.list()[known..].iter().for_each(|rejected| watch(Event::BadImage(rejected)));
-            samples.push((id, crops));
-        }
-        self.progress.bad_images.check(self.source.len(), config.data.max_bad_share)?;
-        let size = config.augmentation.global_crop_size;
-        let grid = self.plan.backbone.grid(size, size).expect("the plan has checked the size of the crops");
-        let mut rng = stream(config.train.seed, Purpose::Mask, self.state.step, 0);
-        let masks = batch_masks(2 * samples.len(), grid, &config.mask, &mut rng);
-        Ok(Batch::new(&samples, masks, config.augmentation.mean, config.augmentation.std, self.device))
-    }
-
     /// Evaluates the teacher. `None` if nothing is to be evaluated, or if that failed after the first step: hours of
     /// training are not given up for a folder that has vanished meanwhile. Before the first step it is an error.
     fn evaluate(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<Option<Finding>, TrainError> {
@@ -475,7 +597,7 @@ impl<'a> Run<'a> {
         let since = Instant::now();
         let mut rejected = Vec::new();
         let outcome = monitor.run(&self.state.teacher.backbone, self.device, &mut progress, &mut rejected);
-        self.clock.evaluating += since.elapsed().as_secs_f64();
+        self.clock.elsewhere += since.elapsed().as_secs_f64();
         for image in &rejected {
             if self.progress.bad_eval_images.insert(image.id.clone()) {
                 watch(Event::BadEvalImage(image));
@@ -511,6 +633,7 @@ impl<'a> Run<'a> {
         })?;
         watch(Event::Evaluated { step: self.progress.step, finding: &finding });
         self.last = Some(finding.clone());
+        self.evaluated = Some(self.progress.step);
         Ok(Some(finding))
     }
 
@@ -522,6 +645,17 @@ impl<'a> Run<'a> {
         self.export()?;
         watch(Event::Checkpoint(&path));
         Ok(())
+    }
+
+    /// What the newest evaluation found, if these weights are the ones that it saw.
+    fn scores(&self) -> Vec<Score> {
+        let of = |finding: &Finding| Score {
+            name: "k-NN top-1".into(),
+            value: finding.knn.top1,
+            steps: self.progress.step,
+            protocol: serde_json::to_value(&finding.protocol).expect("plain data"),
+        };
+        self.last.iter().filter(|_| self.evaluated == Some(self.progress.step)).map(of).collect()
     }
 
     /// Writes the teacher's backbone.
@@ -538,6 +672,7 @@ impl<'a> Run<'a> {
                 images: self.progress.images,
                 data: config.data.source.clone(),
                 software: SOFTWARE.into(),
+                scores: self.scores(),
             },
             fingerprint: None,
         };

@@ -1,11 +1,13 @@
 //! Schedules in closed form: every value of a step is a function of the step's number, so that resuming a run is only a
 //! matter of knowing the step.
 
+use std::collections::BTreeMap;
 use std::f64::consts::PI;
 
 use serde::{Deserialize, Serialize};
 
 use crate::duration::Duration;
+use crate::loss::{GramConfig, LossConfig, SNAPSHOT};
 
 /// How a curve is put together from its warm-up and its cosine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,6 +159,46 @@ pub struct ScheduleConfig {
     pub teacher_temp: CurveConfig,
     /// For how long the prototypes stay as they are.
     pub freeze_last_layer: Duration,
+    /// For how long the backbone stays as it is, while the heads learn: for a run that starts from trained weights.
+    pub freeze_backbone: Duration,
+    /// Factors of the weights in `[loss]`.
+    pub loss: LossFactors,
+}
+
+/// The `[schedule.loss]` table: a curve for each weight in `[loss]`, which it multiplies; 1 throughout unless set.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LossFactors {
+    /// Of `loss.dino_weight`.
+    pub dino: CurveConfig,
+    /// Of `loss.local_weight`.
+    pub local: CurveConfig,
+    /// Of `loss.ibot_weight`.
+    pub ibot: CurveConfig,
+    /// Of `loss.koleo_weight`.
+    pub koleo: CurveConfig,
+    /// Of `loss.gram.weight`.
+    pub gram: CurveConfig,
+}
+
+impl Default for LossFactors {
+    fn default() -> Self {
+        let one = || CurveConfig::constant(1.0);
+        Self { dino: one(), local: one(), ibot: one(), koleo: one(), gram: one() }
+    }
+}
+
+impl LossFactors {
+    /// The curves by name.
+    pub fn named(&self) -> [(&'static str, &CurveConfig); 5] {
+        [
+            ("dino", &self.dino),
+            ("local", &self.local),
+            ("ibot", &self.ibot),
+            ("koleo", &self.koleo),
+            ("gram", &self.gram),
+        ]
+    }
 }
 
 impl Default for ScheduleConfig {
@@ -171,6 +213,8 @@ impl Default for ScheduleConfig {
             teacher_momentum: curve(0.992, 0.992, 1.0, Duration::ZERO),
             teacher_temp: curve(0.04, 0.07, 0.07, Duration::Epochs(30.0)),
             freeze_last_layer: Duration::Epochs(1.0),
+            freeze_backbone: Duration::ZERO,
+            loss: LossFactors::default(),
         }
     }
 }
@@ -184,6 +228,8 @@ pub struct Scheduled {
     pub lr: f64,
     /// Whether the prototypes stay as they are.
     pub last_layer_frozen: bool,
+    /// Whether the backbone stays as it is.
+    pub backbone_frozen: bool,
     /// Weight decay.
     pub weight_decay: f64,
     /// Momentum of the teacher.
@@ -192,6 +238,36 @@ pub struct Scheduled {
     pub teacher_temp: f64,
     /// Temperature of the teacher's patch targets.
     pub teacher_patch_temp: f64,
+    /// Whether the Gram teacher becomes a copy of the teacher after the step.
+    pub refresh_gram_teacher: bool,
+}
+
+/// When the Gram teacher becomes a copy of the run's own teacher.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GramRefresh {
+    /// Whether a first copy is made once `from` steps are taken, whatever the period.
+    pub snapshot: bool,
+    /// Steps before which there is none.
+    pub from: u64,
+    /// After steps whose number it divides; 0: after none.
+    pub every: u64,
+    /// At most so many replacements; 0 sets no limit.
+    pub max: u64,
+}
+
+impl GramRefresh {
+    /// Whether it does once `taken` steps are taken. Before the first step, only a snapshot does.
+    pub fn is_due(&self, taken: u64) -> bool {
+        if self.snapshot && taken == self.from {
+            return true;
+        }
+        if self.every == 0 || taken == 0 || taken < self.from || !taken.is_multiple_of(self.every) {
+            return false;
+        }
+        // Multiples of the period from `from` on, up to this one.
+        let earlier = taken / self.every - self.from.max(1).div_ceil(self.every);
+        self.max == 0 || earlier < self.max
+    }
 }
 
 /// All schedules of a run.
@@ -207,6 +283,12 @@ pub struct Schedule {
     pub teacher_temp: Curve,
     /// Steps in which the prototypes stay as they are.
     pub freeze_steps: u64,
+    /// Steps in which the backbone stays as it is.
+    pub freeze_backbone_steps: u64,
+    /// Factors of weights of losses, by the name of the loss; 1 for those that are not here.
+    pub loss: BTreeMap<&'static str, Curve>,
+    /// When the Gram teacher is replaced.
+    pub gram_refresh: GramRefresh,
     /// All steps.
     pub total: u64,
 }
@@ -216,7 +298,13 @@ impl Schedule {
     ///
     /// # Errors
     /// Parts that are longer than the run, with both lengths.
-    pub fn new(config: &ScheduleConfig, total: u64, batch: usize, samples: usize) -> Result<Self, String> {
+    pub fn new(
+        config: &ScheduleConfig,
+        gram: &GramConfig,
+        total: u64,
+        batch: usize,
+        samples: usize,
+    ) -> Result<Self, String> {
         let steps = |duration: Duration| duration.steps(batch, samples);
         let curve = |name: &str, c: &CurveConfig, scale_peak: f64, scale_end: f64| {
             let (warmup, cosine) = (steps(c.warmup), c.cosine.map(steps));
@@ -243,12 +331,25 @@ impl Schedule {
         };
         let factor = config.lr_scaling.factor(batch);
         let end_factor = if config.form == Form::Blocks { factor } else { 1.0 };
+        let mut loss = BTreeMap::new();
+        for (name, factor) in config.loss.named() {
+            loss.insert(name, curve(&format!("loss.{name}"), factor, 1.0, 1.0)?);
+        }
+        let is_used = gram.weight > 0.0;
         Ok(Self {
             lr: curve("lr", &config.lr, factor, end_factor)?,
             weight_decay: curve("weight_decay", &config.weight_decay, 1.0, 1.0)?,
             teacher_momentum: curve("teacher_momentum", &config.teacher_momentum, 1.0, 1.0)?,
             teacher_temp: curve("teacher_temp", &config.teacher_temp, 1.0, 1.0)?,
             freeze_steps: steps(config.freeze_last_layer),
+            freeze_backbone_steps: steps(config.freeze_backbone),
+            loss,
+            gram_refresh: GramRefresh {
+                snapshot: is_used && gram.teacher == SNAPSHOT,
+                from: steps(gram.refresh_from),
+                every: if is_used { steps(gram.refresh_every) } else { 0 },
+                max: gram.max_refreshes,
+            },
             total,
         })
     }
@@ -261,11 +362,25 @@ impl Schedule {
             step,
             lr,
             last_layer_frozen: step < self.freeze_steps,
+            backbone_frozen: step < self.freeze_backbone_steps,
             weight_decay: self.weight_decay.at(step),
             teacher_momentum: self.teacher_momentum.at(step),
             teacher_temp,
             teacher_patch_temp: teacher_temp,
+            refresh_gram_teacher: self.gram_refresh.is_due(step + 1),
         }
+    }
+
+    /// The losses of a step: their weights times what the schedule says.
+    pub fn losses_at(&self, config: &LossConfig, step: u64) -> LossConfig {
+        let factor = |name: &str| self.loss.get(name).map_or(1.0, |curve| curve.at(step));
+        let mut config = config.clone();
+        config.dino_weight *= factor("dino");
+        config.local_weight *= factor("local");
+        config.ibot_weight *= factor("ibot");
+        config.koleo_weight *= factor("koleo");
+        config.gram.weight *= factor("gram");
+        config
     }
 }
 
@@ -319,9 +434,61 @@ mod tests {
         assert!((v2 - 0.00565685).abs() < 1e-8 && (v2 - v3).abs() < 1e-12);
     }
 
+    /// The replacements of DINOv3's rule, counted one by one.
+    #[test]
+    fn the_gram_teacher_is_replaced_when_the_rule_says() {
+        let mut cases = 0;
+        for (from, every, max) in [(3, 3, 1), (0, 4, 2), (5, 2, 0), (7, 3, 2), (1, 1, 3), (4, 0, 0)] {
+            for snapshot in [false, true] {
+                let refresh = GramRefresh { snapshot, from, every, max };
+                let (mut count, mut expected) = (0, Vec::new());
+                for taken in 0..30u64 {
+                    let multiple = every > 0 && taken > 0 && taken >= from && taken % every == 0;
+                    let allowed = multiple && (max == 0 || count < max);
+                    count += u64::from(multiple);
+                    if allowed || (snapshot && taken == from) {
+                        expected.push(taken);
+                    }
+                }
+                let found: Vec<u64> = (0..30).filter(|&taken| refresh.is_due(taken)).collect();
+                assert_eq!(found, expected, "{refresh:?}");
+                cases += 1;
+            }
+        }
+        assert_eq!(cases, 12);
+    }
+
+    #[test]
+    fn a_step_replaces_the_gram_teacher_once_it_is_taken() {
+        let gram = GramConfig { weight: 1.0, refresh_every: Duration::Steps(3), ..GramConfig::default() };
+        let gram = GramConfig { teacher: "a file".into(), refresh_from: Duration::Steps(4), ..gram };
+        let mut config = ScheduleConfig::default();
+        config.lr.warmup = Duration::ZERO;
+        config.teacher_temp.warmup = Duration::ZERO;
+        let schedule = Schedule::new(&config, &gram, 10, 3, 30).expect("it fits");
+        let found: Vec<u64> = (0..10).filter(|&step| schedule.at(step).refresh_gram_teacher).collect();
+        // Steps are counted from 0: the sixth and the ninth.
+        assert_eq!(found, [5, 8]);
+    }
+
+    #[test]
+    fn a_weight_is_its_constant_times_its_curve() {
+        let mut config = ScheduleConfig { form: Form::Blocks, ..ScheduleConfig::default() };
+        config.lr.warmup = Duration::ZERO;
+        config.teacher_temp.warmup = Duration::ZERO;
+        config.loss.gram = CurveConfig { start: 0.0, peak: 1.0, end: 1.0, warmup: Duration::Steps(4), cosine: None };
+        let schedule = Schedule::new(&config, &GramConfig::default(), 10, 3, 30).expect("it fits");
+        let mut losses = LossConfig { koleo_weight: 0.3, ..LossConfig::default() };
+        losses.gram.weight = 2.0;
+        let found: Vec<f64> = [0, 1, 3, 4, 9].map(|step| schedule.losses_at(&losses, step).gram.weight).into();
+        assert_eq!(found, [0.0, 0.5, 1.5, 2.0, 2.0]);
+        assert_eq!(schedule.losses_at(&losses, 3).koleo_weight, 0.3);
+    }
+
     #[test]
     fn a_warmup_longer_than_the_run_is_an_error_with_both_lengths() {
-        let error = Schedule::new(&ScheduleConfig::default(), 50, 10, 100).expect_err("10 epochs are 100 steps");
+        let error = Schedule::new(&ScheduleConfig::default(), &GramConfig::default(), 50, 10, 100)
+            .expect_err("10 epochs are 100 steps");
         assert!(error.contains("100 steps") && error.contains("50"), "{error}");
     }
 }

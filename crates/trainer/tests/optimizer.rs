@@ -57,10 +57,12 @@ fn at(step: u64) -> Scheduled {
         step,
         lr: 0.01 * (1.0 + step as f64),
         last_layer_frozen: step == 1,
+        backbone_frozen: false,
         weight_decay: 0.3 + 0.1 * step as f64,
         teacher_momentum: 0.9,
         teacher_temp: 0.06,
         teacher_patch_temp: 0.05,
+        refresh_gram_teacher: false,
     }
 }
 

@@ -6,9 +6,10 @@ use dinoxide_model::weights::host;
 use dinoxide_model::{HeadConfig, ModelConfig, parameters};
 use dinoxide_random::{Purpose, stream};
 use dinoxide_trainer::batch::Batch;
+use dinoxide_trainer::loss::LossConfig;
 use dinoxide_trainer::optimizer::OptimConfig;
 use dinoxide_trainer::schedule::Scheduled;
-use dinoxide_trainer::step::{LossConfig, TrainState, train_step};
+use dinoxide_trainer::step::{TrainState, train_step};
 use peak_alloc::PeakAlloc;
 use rand::RngExt;
 
@@ -44,17 +45,21 @@ fn two_steps(recompute: bool) -> (usize, Vec<u32>) {
             ids: (0..BATCH).map(|i| i.to_string()).collect(),
             global: noise([2, BATCH, 3, size, size], 2 * step),
             local: Some(noise([LOCALS, BATCH, 3, local_size, local_size], 2 * step + 1)),
+            gram: None,
             masks,
+            tokens: None,
         };
         let draws = [2, LOCALS].map(|crops| backbone.draw(crops * BATCH, &mut stream(4, Purpose::Forward, step, 0)));
         let at = Scheduled {
             step,
             lr: 1e-3,
             last_layer_frozen: false,
+            backbone_frozen: false,
             weight_decay: 0.04,
             teacher_momentum: 0.9,
             teacher_temp: 0.06,
             teacher_patch_temp: 0.05,
+            refresh_gram_teacher: false,
         };
         train_step(&mut state, &batch, &vec![draws], &losses, at).expect("a step");
     }

@@ -6,14 +6,15 @@ use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_augmentation::{MaskConfig, batch_masks};
 use dinoxide_model::config::Position;
 use dinoxide_model::weights::host;
-use dinoxide_model::{Architecture, HeadConfig, ModelConfig, parameters};
+use dinoxide_model::{Architecture, HeadConfig, ModelConfig, Projector, parameters};
 use dinoxide_random::{Purpose, stream};
 use dinoxide_trainer::batch::Batch;
+use dinoxide_trainer::loss::{CenterOver, Centering, FeatureConfig, GramConfig, LossConfig};
+use dinoxide_trainer::network::Network;
 use dinoxide_trainer::optimizer::OptimConfig;
 use dinoxide_trainer::schedule::Scheduled;
-use dinoxide_trainer::step::{
-    CenterOver, Centering, LossConfig, StepDraws, StepError, StepReport, TrainState, train_step,
-};
+use dinoxide_trainer::step::{StepDraws, StepError, StepReport, TrainState, train_step};
+use dinoxide_trainer::targets::FrozenTeacher;
 use rand::RngExt;
 
 const BATCH: usize = 5;
@@ -38,7 +39,8 @@ fn backbone() -> Architecture {
 
 /// Softmax centering, so that the centers are part of what a step changes.
 fn losses() -> LossConfig {
-    LossConfig { centering: Centering::Softmax, ..LossConfig::default() }
+    let gram = GramConfig { weight: 0.8, ..GramConfig::default() };
+    LossConfig { centering: Centering::Softmax, gram, ..LossConfig::default() }
 }
 
 fn state() -> TrainState {
@@ -64,7 +66,9 @@ fn batch(key: u64) -> Batch {
         ids: (0..BATCH).map(|i| format!("photo-{i}.jpg")).collect(),
         global: noise([2, BATCH, 3, global, global], 2 * key),
         local: Some(noise([LOCALS, BATCH, 3, local, local], 2 * key + 1)),
+        gram: None,
         masks: batch_masks(2 * BATCH, (global / 4, global / 4), &mask, &mut rng),
+        tokens: None,
     }
 }
 
@@ -84,10 +88,12 @@ fn at(step: u64) -> Scheduled {
         step,
         lr: 1e-3,
         last_layer_frozen: false,
+        backbone_frozen: false,
         weight_decay: 0.04,
         teacher_momentum: 0.9,
         teacher_temp: 0.06,
         teacher_patch_temp: 0.05,
+        refresh_gram_teacher: false,
     }
 }
 
@@ -157,12 +163,22 @@ fn assert_near(what: &str, left: f64, right: f64) {
 
 /// One step in one part and in three.
 fn compare(batch: &Batch, config: &LossConfig) {
+    compare_from(state, batch, config);
+}
+
+fn compare_from(state: impl Fn() -> TrainState, batch: &Batch, config: &LossConfig) {
     let (mut whole, mut parts) = (state(), state());
     let first = train_step(&mut whole, batch, &draws(1), config, at(0)).expect("a step");
     let second = train_step(&mut parts, batch, &draws(3), config, at(0)).expect("a step");
+    let mut terms = 0;
     for ((name, left), (_, right)) in first.losses.named().into_iter().zip(second.losses.named()) {
-        assert_near(name, left.expect("every term is on"), right.expect("every term is on"));
+        assert_eq!(left.is_some(), right.is_some(), "{name}");
+        if let (Some(left), Some(right)) = (left, right) {
+            assert_near(name, left, right);
+            terms += 1;
+        }
     }
+    assert_eq!(terms, if whole.frozen.is_some() { 6 } else { 5 }, "every term is on");
     assert_near("total", first.losses.total, second.losses.total);
     let entropy = |report: &StepReport| report.target_entropy.expect("a DINO loss").conditional;
     assert_near("entropy", entropy(&first), entropy(&second));
@@ -182,6 +198,43 @@ fn micro_batches_change_neither_losses_nor_weights() {
     compare(&batch(1), &LossConfig { centering: Centering::Sinkhorn, koleo_weight: 0.7, ..losses() });
     // Parts of one, two and two samples.
     compare(&batch(1), &LossConfig { patch_center: CenterOver::All, center_momentum: 0.0, ..losses() });
+}
+
+/// A frozen teacher, wider and with larger patches than the student, whose features are matched; and a Gram teacher.
+#[test]
+fn micro_batches_change_nothing_under_a_frozen_teacher() {
+    let distilled = || {
+        let mut state = state();
+        let device = Device::flex();
+        let mut rng = stream(6, Purpose::Init, 0, 0);
+        let Architecture::Vit(mut wide) = backbone() else { panic!("a vision transformer") };
+        wide.embed_dim = 32;
+        wide.num_heads = 2;
+        wide.patch_size = 8;
+        wide.learned.as_mut().expect("learned positions").grid = 2;
+        let head = |prototypes| HeadConfig { prototypes, bottleneck_dim: 4, hidden_dim: 9, ..HeadConfig::default() };
+        let teacher = Network::new(&wide.into(), &head(11), Some(&head(7)), &device, &mut rng);
+        let mut student = state.student.clone();
+        student.projector = Some(Projector::new(24, 32, &device.clone().autodiff(), &mut rng));
+        state = TrainState::of(student, &OptimConfig { eps: 1e-3, ..OptimConfig::default() }, &losses(), &device);
+        let Network { backbone: wide, dino_head, ibot_head, .. } = teacher;
+        let architecture = wide.architecture();
+        state.frozen =
+            Some(FrozenTeacher { architecture, backbone: Some(wide), dino_head: Some(dino_head), ibot_head });
+        state.gram_teacher = Some(state.teacher.backbone.clone());
+        state
+    };
+    let features = FeatureConfig { cls_weight: 0.4, patch_weight: 0.3, ..FeatureConfig::default() };
+    // Targets of patches need the student's grid; those of CLS tokens do not.
+    let config = LossConfig { features, ibot_weight: 0.0, ..losses() };
+    let first = {
+        let mut state = distilled();
+        let report = train_step(&mut state, &batch(0), &draws(1), &config, at(0)).expect("a step");
+        assert!(report.gradient_norms.contains_key("projector"), "{:?}", report.gradient_norms);
+        report.losses
+    };
+    assert!(first.feature_patch.is_some_and(|loss| (0.0..2.0).contains(&loss)), "{first:?}");
+    compare_from(distilled, &batch(0), &config);
 }
 
 /// Local crops of one channel would panic in a forward, and a head of NaN would be seen in a center.

@@ -189,7 +189,8 @@ fn an_evaluation_that_no_longer_works_costs_a_warning_and_not_the_run() {
             assert!(line["evaluation_error"].as_str().is_some_and(|error| error.starts_with(reason)), "{line}");
         }
         assert_eq!(metrics.iter().filter(|line| line["kind"] == "step").count(), 10);
-        assert!(place.read(&format!("{run}/teacher.safetensors")) == place.read("straight/teacher.safetensors"));
+        let state = |run: &str| place.read(&format!("{run}/checkpoints/step-000010/state.safetensors"));
+        assert!(state(&run) == state("straight"), "the weights differ");
         // Its last evaluation is made again, and so is what is written of it.
         place.run(&["train", "--resume", &run]).succeeded();
         assert_eq!(place.metrics(&run).len(), metrics.len());

@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::support::{Finished, Workplace};
 
 /// Three classes in `train` and `val`, and a trained `run`.
-fn place() -> Workplace {
+pub(crate) fn place() -> Workplace {
     let place = Workplace::new();
     place.write_classes("train", &["cat", "dog", "owl"], 8);
     place.write_classes("val", &["cat", "dog", "owl"], 3);
@@ -13,12 +13,12 @@ fn place() -> Workplace {
     place
 }
 
-fn eval(place: &Workplace, task: &str, args: &[&str]) -> Finished {
+pub(crate) fn eval(place: &Workplace, task: &str, args: &[&str]) -> Finished {
     let common = ["eval", task, "--weights", "run/teacher.safetensors", "--train", "train", "--val", "val"];
     place.run(&[&common, args].concat())
 }
 
-fn one_object(text: &str) -> Value {
+pub(crate) fn one_object(text: &str) -> Value {
     let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"));
     assert!(value.is_object(), "{text}");
     value
@@ -30,7 +30,7 @@ fn knn_prints_a_row_for_each_k() {
     let found = eval(&place, "knn", &["--k", "1,5,24"]).succeeded().stdout;
     let lines: Vec<&str> = found.lines().collect();
     assert!(lines[0].starts_with("k-NN of 9 val images among 24 train images, chance 33.33 %"), "{found}");
-    assert_eq!(lines[1].split_whitespace().collect::<Vec<_>>(), ["k", "top-1", "top-5"]);
+    assert_eq!(lines[1].split_whitespace().collect::<Vec<_>>(), ["k", "top-1", "95", "%", "interval", "top-5"]);
     let ks: Vec<_> = lines[2..].iter().map(|line| line.split_whitespace().next()).collect();
     assert_eq!(ks, [Some("1"), Some("5"), Some("24")]);
     assert!(lines[2].trim_end().ends_with('-'), "three classes have no top-5: {found}");
@@ -59,10 +59,14 @@ fn linear_prints_the_best_of_each_feature_set() {
     let place = place();
     let args = ["--iterations", "12", "--samples", "8"];
     let found = eval(&place, "linear", &args).succeeded().stdout;
-    assert!(found.starts_with("linear probe: ") && found.contains(" top-1 on 9 val images"), "{found}");
+    assert!(found.starts_with("linear probe: ") && found.contains(" on 9 val images ("), "{found}");
     for name in ["features", "cls of 1 block ", "cls of 1 block + patch mean"] {
         assert!(found.lines().any(|line| line.starts_with(name)), "`{name}` is not in\n{found}");
     }
+    let thirteen = [&args[..], &["--grid", "dinov3", "--json"]].concat();
+    let result = one_object(&eval(&place, "linear", &thirteen).succeeded().stdout);
+    assert_eq!(result["scores"]["candidates"].as_array().map(Vec::len), Some(13));
+    assert_eq!(result["scores"]["selection"]["on"], "held_out");
     let found = eval(&place, "linear", &[&args[..], &["--json"]].concat()).succeeded().stdout;
     let result = one_object(&found);
     assert_eq!((&result["task"], &result["protocol"]["method"]["iterations"]), (&"linear".into(), &12.into()));
@@ -78,22 +82,23 @@ fn sets_whose_classes_differ_are_refused() {
         let args = ["eval", "knn", "--weights", "run/teacher.safetensors", "--train", train, "--val", val, "--k", "2"];
         place.run(&args)
     };
-    with("train", "more").failed(1, &["more: 1 of its classes are not in train: yak"]);
-    with("train", "fewer").failed(1, &["fewer has 2 classes and train has 3", "hint: "]);
+    with("train", "more").failed(2, &["more: 1 of its 3 classes are not in train: yak", "hint: "]);
+    let fewer = with("train", "fewer").succeeded().stdout;
+    assert!(fewer.starts_with("k-NN of 4 val images among 24 train images, chance 33.33 %"), "{fewer}");
     with("train/cat", "val")
-        .failed(1, &["train/cat: the images have no classes", "hint: put each class into a folder"]);
-    with("train", "val/dog").failed(1, &["val/dog: the images have no classes"]);
+        .failed(2, &["train/cat: the images have no classes", "hint: put each class into a folder"]);
+    with("train", "val/dog").failed(2, &["val/dog: the images have no classes"]);
     with("train", "nowhere").failed(2, &["data: `nowhere`: no such folder"]);
 }
 
 #[test]
 fn settings_out_of_range_are_refused() {
     let place = place();
-    eval(&place, "knn", &["--k", "200"]).failed(1, &["k = 200, but train has only 24 samples", "hint: lower `k`"]);
-    eval(&place, "knn", &["--k", "0"]).failed(1, &["`k`", "0"]);
-    eval(&place, "knn", &["--k", "2", "--crop", "18"]).failed(1, &["18", "4"]);
+    eval(&place, "knn", &["--k", "200"]).failed(2, &["k = 200, but train has only 24 samples", "hint: lower `k`"]);
+    eval(&place, "knn", &["--k", "0"]).failed(2, &["knn: `k` is [0], it must be"]);
+    eval(&place, "knn", &["--k", "2", "--crop", "18"]).failed(2, &["18 is not a multiple of the patch size 4"]);
     eval(&place, "knn", &["--k", "2", "--batch-size", "0"]).failed(2, &["`--batch-size` is 0, must be at least 1"]);
-    eval(&place, "linear", &["--iterations", "0"]).failed(1, &["`iterations`", "0"]);
+    eval(&place, "linear", &["--iterations", "0"]).failed(2, &["`iterations`", "0"]);
     eval(&place, "knn", &["--device", "gpu"]).failed(2, &["unknown device `gpu`"]);
 }
 
@@ -147,11 +152,15 @@ fn inspect_shows_architecture_origin_and_tensors() {
         "10 steps, 40 images of synthetic",
         "16 px",
         "blocks.0.attn.qkv.weight",
+        "k-NN top-1 ",
+        " % after 10 steps",
     ] {
         assert!(shown.contains(part), "`{part}` is not in\n{shown}");
     }
     let result = one_object(&place.run(&["inspect", "run/teacher.safetensors", "--json"]).succeeded().stdout);
     assert_eq!((&result["architecture"]["embed_dim"], &result["image_size"]), (&32.into(), &16.into()));
+    let score = &result["provenance"]["scores"][0];
+    assert_eq!((&score["steps"], &score["protocol"]["method"]["k"][0]), (&10.into(), &5.into()), "{score}");
     let tensors = result["tensors"].as_array().expect("tensors");
     let values: u64 = tensors
         .iter()

@@ -3,7 +3,12 @@
 mod bad_input;
 mod bench;
 mod convnext;
+mod dense;
+mod distillation;
+mod embed;
 mod eval;
+mod protocols;
 mod resume;
+mod stages;
 mod support;
 mod train;

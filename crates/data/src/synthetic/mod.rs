@@ -148,7 +148,7 @@ pub(crate) fn parse_spec(spec: &str) -> Result<Option<SyntheticConfig>, DataErro
 }
 
 /// Images drawn on the fly: see the head of this file.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct SyntheticSource {
     config: SyntheticConfig,
     classes: Vec<String>,

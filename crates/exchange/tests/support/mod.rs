@@ -141,6 +141,7 @@ pub(crate) fn description(backbone: &Backbone) -> Description {
             images: 28,
             data: "photos".into(),
             software: "test".into(),
+            scores: Vec::new(),
         },
         fingerprint: None,
     }

@@ -49,6 +49,10 @@ impl Comparison<'_> {
             self.norms(check, step, kind, &values);
             self.tensors(check, kind, &values);
         }
+        // Stated after the first step, and where it has changed.
+        if step["norms"]["gram_teacher"].is_array() {
+            self.norms(check, step, "gram_teacher", &self.values("gram_teacher"));
+        }
     }
 
     /// By our names; without those that the optimizer has not met yet.
@@ -60,6 +64,11 @@ impl Comparison<'_> {
         match kind {
             "student" => host(parameters::values(&self.state.student.valid())),
             "ema" => host(parameters::values(&self.state.teacher)),
+            "gram_teacher" => {
+                let backbone = self.state.gram_teacher.as_ref().expect("a Gram teacher");
+                let named = |(name, value)| (format!("backbone.{name}"), value);
+                host(parameters::values(backbone).into_iter().map(named).collect())
+            }
             "adam_m" => host(moments.map(|(name, moments)| (name.clone(), moments.m.clone())).collect()),
             _ => host(moments.map(|(name, moments)| (name.clone(), moments.v.clone())).collect()),
         }
@@ -68,6 +77,8 @@ impl Comparison<'_> {
     /// What the fixture states for `step1` or, later, for `step6`.
     fn tolerance(&self, check: &Check, kind: &str) -> Tolerance {
         let stated = &check.fixture.json()["tolerance"];
+        // A Gram teacher is a copy of the teacher.
+        let kind = if kind == "gram_teacher" { "ema" } else { kind };
         let of = |step: &str| {
             let kind = &stated[step][kind];
             Some(Tolerance { atol: kind["atol"].as_f64()?, rtol_of_max: kind["rtol_of_max"].as_f64()? })

@@ -49,7 +49,7 @@ fn neighbours(check: &mut Check) {
     let test = labeled("knn.test_features_raw", "knn.test_labels");
     let k: Vec<usize> =
         hyper["ks"].as_array().expect("`ks`").iter().map(|k| k.as_u64().expect("a count") as usize).collect();
-    let config = KnnConfig { k, temperature: number(&hyper["T"]), skip_first: false };
+    let config = KnnConfig { k, temperature: number(&hyper["T"]), skip_first: false, ..Default::default() };
     let scores = |config: &KnnConfig| class_scores(&train, &test, config, &Device::flex()).expect("scores");
     let shape = || vec![test.rows(), classes];
     for (values, k) in scores(&config).into_iter().zip(&config.k) {

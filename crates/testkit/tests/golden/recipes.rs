@@ -1,11 +1,12 @@
 //! What the fixtures `train_*` say about a run: backbone, heads, losses, optimizer, and the values of each step.
 
-use dinoxide_model::VitConfig;
+use dinoxide_losses::gram::Negatives;
+use dinoxide_model::{VitConfig, interpolation::Filter};
 use dinoxide_testkit::Fixture;
 use dinoxide_trainer::{
+    loss::{CenterOver, Centering, EMA, GramConfig, GramTokens, LossConfig},
     optimizer::{Clip, Freeze, OptimConfig},
-    schedule::Scheduled,
-    step::{CenterOver, Centering, LossConfig},
+    schedule::{GramRefresh, Scheduled},
 };
 use serde_json::{Value, json};
 
@@ -35,6 +36,30 @@ impl Recipe {
         model["layerscale_init"] = cfg["student"]["layerscale"].clone();
         let (loss, optim) = configured(cfg);
         Self { backbone: masked(fixture, vit::v3_config(&model)), loss, optim }
+    }
+
+    /// The backbone of DINOv3's frozen teacher; `None` without distillation.
+    ///
+    /// Its configuration is laid over the reference's defaults. Sizes that it does not state are those of the weights.
+    pub(crate) fn v3_teacher(fixture: &Fixture) -> Option<VitConfig> {
+        let distillation = &fixture.hyper()["cfg"]["distillation"];
+        if distillation["enabled"].as_bool() != Some(true) {
+            return None;
+        }
+        const WEIGHTS: &str = "w.teacher.backbone.";
+        let shape = |name: &str| fixture.shape(&format!("{WEIGHTS}{name}"));
+        let dim = shape("cls_token")[2];
+        let depth = (0..).take_while(|i| fixture.has(&format!("{WEIGHTS}blocks.{i}.norm1.weight"))).count();
+        let mut model = distillation["teacher_cfg"]["student"].clone();
+        // Rotary positions have a period for each four columns of a head.
+        model["num_heads"] = json!(dim / (4 * shape("rope_embed.periods")[0]));
+        model["embed_dim"] = json!(dim);
+        model["depth"] = json!(depth);
+        model["layerscale_init"] = model["layerscale"].as_f64().unwrap_or(1e-5).into();
+        let mut config = vit::v3_config(&model);
+        let first = if fixture.has(&format!("{WEIGHTS}blocks.0.mlp.w1.weight")) { "w1" } else { "fc1" };
+        config.ffn_hidden = shape(&format!("blocks.0.mlp.{first}.weight"))[0];
+        Some(masked_by(fixture, WEIGHTS, config))
     }
 
     /// DINOv2, likewise.
@@ -95,6 +120,7 @@ fn configured(cfg: &Value) -> (LossConfig, OptimConfig) {
         ignore_diagonal: dino["global_ignore_diagonal"].as_bool().unwrap_or(true),
         ibot_weight: number(ibot, "loss_weight"),
         koleo_weight: number(dino, "koleo_loss_weight"),
+        gram: gram(&cfg["gram"]),
         centering,
         patch_center: CenterOver::Masked,
         ..LossConfig::default()
@@ -110,6 +136,53 @@ fn configured(cfg: &Value) -> (LossConfig, OptimConfig) {
         ..OptimConfig::default()
     };
     (loss, optim)
+}
+
+/// DINOv3's table `gram`; DINOv2 has none.
+fn gram(gram: &Value) -> GramConfig {
+    let flag = |key: &str| gram[key].as_bool().unwrap_or_else(|| panic!("`gram.{key}` is {}", gram[key]));
+    if gram.is_null() || !flag("use_loss") {
+        return GramConfig::default();
+    }
+    GramConfig {
+        weight: number(gram, "loss_weight"),
+        teacher: if flag("ema_teacher") { EMA.into() } else { "a file".into() },
+        normalize: flag("normalized"),
+        per_image: flag("img_level"),
+        negatives: match (flag("remove_neg"), flag("remove_only_teacher_neg")) {
+            (false, false) => Negatives::Keep,
+            (true, _) => Negatives::Remove,
+            (false, true) => Negatives::RemoveTeacher,
+        },
+        tokens: match gram["tokens_used"].as_str() {
+            Some("all") => GramTokens::All,
+            Some("masked") => GramTokens::Masked,
+            Some("unmasked") => GramTokens::Unmasked,
+            other => panic!("`gram.tokens_used` is {other:?}"),
+        },
+        resize: match gram["global_teacher_resize_method"].as_str() {
+            Some("bicubic") => Filter::Bicubic,
+            Some("bilinear") => Filter::Bilinear,
+            other => panic!("`gram.global_teacher_resize_method` is {other:?}"),
+        },
+        antialias: flag("global_teacher_resize_antialias"),
+        ..GramConfig::default()
+    }
+}
+
+/// When the reference copies its teacher into the Gram teacher.
+fn gram_refresh(fixture: &Fixture) -> GramRefresh {
+    let gram = &fixture.hyper()["cfg"]["gram"];
+    if gram["use_loss"].as_bool() != Some(true) || gram["rep_update"].as_bool() != Some(true) {
+        return GramRefresh::default();
+    }
+    let count = |key: &str| gram[key].as_u64().unwrap_or(0);
+    GramRefresh {
+        snapshot: false,
+        from: count("it_first_update"),
+        every: count("update_frequency"),
+        max: count("max_updates"),
+    }
 }
 
 /// `cfg.student` with the sizes of `arch`.
@@ -135,8 +208,12 @@ fn img_size(fixture: &Fixture, model: &Value) -> Value {
 }
 
 /// DINO's backbone has no mask token.
-fn masked(fixture: &Fixture, mut backbone: VitConfig) -> VitConfig {
-    let has = |name: &str| fixture.has(&format!("w.student.backbone.{name}"));
+fn masked(fixture: &Fixture, backbone: VitConfig) -> VitConfig {
+    masked_by(fixture, "w.student.backbone.", backbone)
+}
+
+fn masked_by(fixture: &Fixture, weights: &str, mut backbone: VitConfig) -> VitConfig {
+    let has = |name: &str| fixture.has(&format!("{weights}{name}"));
     backbone.mask_token = has("mask_token") || has("masked_embed");
     backbone
 }
@@ -154,15 +231,20 @@ pub(crate) fn scheduled(fixture: &Fixture, i: usize) -> Scheduled {
         step: i as u64,
         lr,
         last_layer_frozen,
+        backbone_frozen: false,
         weight_decay: number(step, "wd"),
         teacher_momentum: number(step, "mom"),
         teacher_temp: number(step, "teacher_temp"),
         teacher_patch_temp: first(step, &["teacher_temp2", "teacher_temp"]).as_f64().expect("a temperature"),
+        refresh_gram_teacher: gram_refresh(fixture).is_due(i as u64 + 1),
     }
 }
 
-/// The loss settings of step `i`: DINOv3 schedules the weight of the local crops.
+/// The loss settings of step `i`: DINOv3 schedules the weights of the local crops and of the Gram loss.
 pub(crate) fn loss_at(fixture: &Fixture, loss: &LossConfig, i: usize) -> LossConfig {
-    let weight = fixture.json()["steps"][i]["loss_dict"]["dino_local_loss_weight"].as_f64();
-    LossConfig { local_weight: weight.unwrap_or(1.0), ..loss.clone() }
+    let stated = &fixture.json()["steps"][i]["loss_dict"];
+    let mut loss = loss.clone();
+    loss.local_weight = stated["dino_local_loss_weight"].as_f64().unwrap_or(1.0);
+    loss.gram.weight = stated["gram_loss_weight"].as_f64().unwrap_or(loss.gram.weight);
+    loss
 }

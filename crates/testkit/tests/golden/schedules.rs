@@ -1,7 +1,9 @@
 //! Fixture `schedules`: the schedules of every shipped configuration, through the trainer's curves.
 
+use std::collections::BTreeMap;
+
 use dinoxide_testkit::{Check, Tolerance};
-use dinoxide_trainer::schedule::{Curve, Form, LrScaling, Schedule};
+use dinoxide_trainer::schedule::{Curve, Form, GramRefresh, LrScaling, Schedule};
 use serde_json::Value;
 
 /// In double precision; cosines differ by their last digits between libraries.
@@ -64,6 +66,9 @@ fn old(config: &Value, is_v3: bool) -> Box<Run> {
             teacher_temp: curve([cold, warm, warm], steps(number(teacher, "warmup_teacher_temp_epochs"))),
             freeze_steps: steps(number(&cfg, "freeze_last_layer_epochs")),
             total,
+            freeze_backbone_steps: 0,
+            loss: BTreeMap::new(),
+            gram_refresh: GramRefresh::default(),
         }
     })
 }
@@ -95,6 +100,9 @@ fn blocks(config: &Value) -> Box<Run> {
             teacher_temp: block(&cfg["teacher_temp"], &config, 1.0),
             freeze_steps: (freeze * count(&config, "epoch_length") as f64) as u64,
             total: count(&config, "total_iters"),
+            freeze_backbone_steps: 0,
+            loss: BTreeMap::new(),
+            gram_refresh: GramRefresh::default(),
         }
     })
 }

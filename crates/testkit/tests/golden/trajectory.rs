@@ -13,8 +13,8 @@ use dinoxide_testkit::{Array, Check, Fixture, Tolerance};
 use dinoxide_trainer::{
     batch::Batch,
     network::{Network, SUBMODULES},
-    optimizer::AdamW,
-    step::{StepReport, Timings, TrainState, train_step},
+    step::{StepReport, TrainState, train_step},
+    targets::FrozenTeacher,
 };
 use rand::{SeedableRng, rngs::ChaCha8Rng};
 use serde_json::Value;
@@ -85,11 +85,35 @@ fn networks(check: &mut Check, recipe: &Recipe) -> (Network, Network) {
 fn start(check: &mut Check, recipe: &Recipe) -> TrainState {
     let device = Device::flex();
     let (student, teacher) = networks(check, recipe);
-    let optimizer = AdamW::new(&recipe.optim, &student, &device);
-    let center = |count: usize| Center::new(count, recipe.loss.center_momentum, &device);
-    let cls_center = center(teacher.dino_head.last_layer.vectors().dims()[0]);
-    let patch_center = center(teacher.patch_head().patch_prototypes().vectors().dims()[0]);
-    TrainState { student, teacher, optimizer, cls_center, patch_center, step: 0, timings: Timings::default() }
+    let mut state = TrainState::of(student, &recipe.optim, &recipe.loss, &device);
+    state.teacher = teacher;
+    state.frozen = frozen(check);
+    let weights = named(check.fixture, "w.gram_teacher.", parameter);
+    state.gram_teacher = (!weights.is_empty()).then(|| {
+        let inner = |(name, value): (String, Array)| {
+            (name.strip_prefix("backbone.").expect("a backbone alone").to_owned(), value)
+        };
+        let architecture = Architecture::Vit(recipe.backbone.clone());
+        let fresh = Backbone::new(&architecture, &device, &mut ChaCha8Rng::seed_from_u64(3));
+        let backbone = load(fresh, &weights.into_iter().map(inner).collect());
+        buffers(check, "w.gram_teacher.backbone.", &backbone);
+        backbone
+    });
+    state
+}
+
+/// The teacher of a distillation, with heads of sizes of its own.
+fn frozen(check: &mut Check) -> Option<FrozenTeacher> {
+    let fixture = check.fixture;
+    let backbone = Recipe::v3_teacher(fixture)?;
+    let head = |name: &str| Head::of(fixture, &format!("w.teacher.{name}."), "").config;
+    let (dino_head, ibot_head) = (head("dino_head"), head("ibot_head"));
+    let rng = &mut ChaCha8Rng::seed_from_u64(4);
+    let fresh = Network::new(&Architecture::Vit(backbone), &dino_head, Some(&ibot_head), &Device::flex(), rng);
+    let Network { backbone, dino_head, ibot_head, .. } = load(fresh, &named(fixture, "w.teacher.", parameter));
+    buffers(check, "w.teacher.backbone.", &backbone);
+    let architecture = backbone.architecture();
+    Some(FrozenTeacher { architecture, backbone: Some(backbone), dino_head: Some(dino_head), ibot_head })
 }
 
 /// Batch `number` of the fixture: pixels are thirty-seconds.
@@ -103,7 +127,9 @@ fn batch(fixture: &Fixture, number: u64, patch_size: usize) -> Batch {
         Tensor::<5>::from_data(data, &Device::flex())
     };
     let global = crops("global_crops", Some(2));
-    let local = fixture.has(&format!("batch{number}.local_crops")).then(|| crops("local_crops", None));
+    let has = |name: &str| fixture.has(&format!("batch{number}.{name}"));
+    let local = has("local_crops").then(|| crops("local_crops", None));
+    let gram = has("gram_teacher_crops").then(|| crops("gram_teacher_crops", Some(2)));
     let [views, samples, _, height, width] = global.dims();
     let patches = (height / patch_size) * (width / patch_size);
     let name = format!("batch{number}.masks");
@@ -118,7 +144,9 @@ fn batch(fixture: &Fixture, number: u64, patch_size: usize) -> Batch {
         ids: (0..samples).map(|sample| sample.to_string()).collect(),
         global,
         local,
+        gram,
         masks: masks(mask, views * samples, patches),
+        tokens: None,
     }
 }
 
@@ -163,6 +191,13 @@ fn run(check: &mut Check, recipe: &Recipe, losses: &Losses) {
         gradient_norms(check, &case, step, &report, rtol(1e-4, 1e-3));
         centers(check, i + 1, &before, &state);
         Comparison { recipe, state: &state, steps_done: i + 1, lr_so_far }.all(check, step);
+        let replaced = step["gram_updated"].as_bool().unwrap_or(false);
+        if at.refresh_gram_teacher != replaced {
+            check.failure(&format!(
+                "{case}: the Gram teacher was replaced: {}, in the reference: {replaced}",
+                !replaced
+            ));
+        }
     }
 }
 
@@ -186,6 +221,7 @@ fn v3_losses(
     loss(check, case, dict, "dino_global_crops_loss", losses.dino_global, tolerance);
     loss(check, case, dict, "koleo_loss", losses.koleo, tolerance);
     loss(check, case, dict, "ibot_loss", losses.ibot, tolerance);
+    loss(check, case, dict, "gram_loss", losses.gram, tolerance);
     loss(check, case, step, "total_loss", Some(losses.total), tolerance);
 }
 

@@ -1,0 +1,336 @@
+//! What evaluations share: the backbone with the features it gave, the sets they are made of, and what comes of them.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use dinoxide_data::{DecodeLimits, Source, Subset, open};
+use dinoxide_evaluation::{
+    Extracted, Extraction, FeatureSource, Features, Interval, LabeledFeatures, Report, Token, extract,
+};
+use dinoxide_exchange::{Loaded, load};
+use dinoxide_model::Backbone;
+use dinoxide_model::weights::Description;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::{check_writable, deliver_to};
+use crate::table::table;
+use crate::terminal::{self, Log};
+use crate::{Usage, device};
+
+/// A backbone, and how images get into it.
+#[derive(clap::Args)]
+pub(crate) struct Network {
+    /// Weights: a run's `teacher.safetensors`, a `.pth` file of the DINO repositories, a Hugging Face folder, a timm file
+    #[arg(long, value_name = "PATH")]
+    pub(crate) weights: PathBuf,
+    /// Side of the crop that the backbone sees, in pixels; default: the size it was trained at
+    #[arg(long, value_name = "PX")]
+    pub(crate) crop: Option<usize>,
+    /// Length of the shorter image side before cropping, in pixels; default: the crop
+    #[arg(long, value_name = "PX")]
+    pub(crate) resize: Option<usize>,
+    /// Images in one forward. Out of memory: lower
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) batch_size: usize,
+    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `metal`
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub(crate) device: String,
+}
+
+/// Where results go.
+#[derive(clap::Args)]
+pub(crate) struct Output {
+    /// Also write the result here as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Print one JSON object on stdout and nothing else there
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// One evaluation of one backbone.
+#[derive(clap::Args)]
+pub(crate) struct Measurement<T: clap::Args> {
+    #[command(flatten)]
+    network: Network,
+    #[command(flatten)]
+    task: T,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// An evaluation: its data and settings.
+pub(crate) trait Task {
+    /// Last blocks whose CLS tokens it needs.
+    const BLOCKS: usize;
+
+    /// Measures, taking features from `frozen`.
+    fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome>;
+}
+
+impl<T: clap::Args + Task> Measurement<T> {
+    pub(super) fn run(&self) -> anyhow::Result<ExitCode> {
+        self.output.output.as_deref().map_or(Ok(()), check_writable)?;
+        let mut frozen = Frozen::new(&self.network, T::BLOCKS)?;
+        let outcome = self.task.run(&mut frozen)?;
+        let Output { output, json } = &self.output;
+        deliver_to(output.as_deref(), *json, &frozen.result(&outcome), &outcome.text())
+    }
+}
+
+/// One figure of a result.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Metric {
+    /// What it is: `top-1, k = 20`.
+    pub(crate) name: String,
+    pub(crate) value: f64,
+    /// `%`, or nothing.
+    pub(crate) unit: &'static str,
+    /// With 95 % confidence, from resampled val images.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) interval: Option<Interval>,
+}
+
+impl Metric {
+    /// A score in percent.
+    pub(crate) fn percent(name: impl Into<String>, value: f64, interval: impl Into<Option<Interval>>) -> Self {
+        Self { name: name.into(), value, unit: "%", interval: interval.into() }
+    }
+
+    /// A score from 0 to 1.
+    pub(crate) fn plain(name: impl Into<String>, value: f64) -> Self {
+        Self { name: name.into(), value, unit: "", interval: None }
+    }
+
+    pub(crate) fn shown(&self) -> String {
+        show(self.value, self.unit)
+    }
+
+    pub(crate) fn interval_shown(&self) -> String {
+        self.interval.map_or("-".into(), |interval| between(interval, self.unit))
+    }
+}
+
+/// A figure with its unit.
+pub(crate) fn show(value: f64, unit: &str) -> String {
+    if unit == "%" { format!("{value:.2} %") } else { format!("{value:.4}") }
+}
+
+/// The ends of an interval.
+pub(crate) fn between(interval: Interval, unit: &str) -> String {
+    if unit == "%" {
+        format!("{:.1}–{:.1} %", interval.low, interval.high)
+    } else {
+        format!("{:.3}–{:.3}", interval.low, interval.high)
+    }
+}
+
+/// What an evaluation found.
+pub(crate) struct Outcome {
+    pub(crate) task: &'static str,
+    /// The images, in a few words: `9 val images, 24 train images`.
+    pub(crate) data: String,
+    pub(crate) protocol: Value,
+    pub(crate) scores: Value,
+    /// The figures to compare, most important first.
+    pub(crate) metrics: Vec<Metric>,
+    /// Further entries of the JSON result.
+    pub(crate) more: Vec<(&'static str, Value)>,
+    /// A sentence or table in place of the metrics' own table.
+    pub(crate) shown: Option<String>,
+}
+
+impl Outcome {
+    pub(crate) fn new(task: &'static str, data: String, report: &Report<impl Serialize>) -> anyhow::Result<Self> {
+        Ok(Self {
+            task,
+            data,
+            protocol: serde_json::to_value(&report.protocol)?,
+            scores: serde_json::to_value(&report.scores)?,
+            metrics: Vec::new(),
+            more: Vec::new(),
+            shown: None,
+        })
+    }
+
+    /// For a terminal.
+    fn text(&self) -> String {
+        self.shown.clone().unwrap_or_else(|| {
+            let rows: Vec<Vec<String>> =
+                self.metrics.iter().map(|m| vec![m.name.clone(), m.shown(), m.interval_shown()]).collect();
+            format!("{}: {}\n{}", self.task, self.data, table(&["metric", "value", "95 % interval"], &rows))
+        })
+    }
+}
+
+/// A backbone that is not trained, and the features it gave so far.
+pub(crate) struct Frozen {
+    pub(crate) weights: String,
+    pub(crate) backbone: Backbone,
+    description: Description,
+    pub(crate) device: burn::tensor::Device,
+    pub(crate) extraction: Extraction,
+    pub(crate) log: Log,
+    seen: Vec<(String, Arc<Extracted>)>,
+}
+
+/// A set of images that was listed.
+pub(crate) struct Set {
+    /// As the user gave it, with what is left out.
+    pub(crate) name: String,
+    pub(crate) source: Arc<dyn Source>,
+}
+
+impl Set {
+    /// Lists the images of a folder, or of the built-in images, without those that patterns exclude.
+    pub(crate) fn open(spec: &str, exclude: &[String]) -> anyhow::Result<Self> {
+        let source = open(spec, &DecodeLimits::default())?;
+        if exclude.is_empty() {
+            return Ok(Self { name: spec.to_owned(), source });
+        }
+        let source: Arc<dyn Source> = Arc::new(Subset::excluding(source, exclude)?);
+        Ok(Self { name: format!("{spec} without {}", exclude.join(", ")), source })
+    }
+
+    /// Refuses images without classes.
+    pub(crate) fn labelled(self) -> anyhow::Result<Self> {
+        if self.source.classes().is_empty() {
+            return Err(Usage(anyhow::anyhow!(
+                "{}: the images have no classes\n\nhint: put each class into a folder of its own, `{}/<class>/<image>`, at least two of them and no image beside them",
+                self.name, self.name
+            ))
+            .into());
+        }
+        Ok(self)
+    }
+}
+
+impl Frozen {
+    pub(crate) fn new(network: &Network, last_blocks: usize) -> anyhow::Result<Self> {
+        let device = device::parse(&network.device)?;
+        if network.batch_size == 0 {
+            return Err(Usage(anyhow::anyhow!("`--batch-size` is 0, must be at least 1")).into());
+        }
+        let Loaded { backbone, description, notes, .. } = load(&network.weights, &device)?;
+        terminal::notes(&network.weights, &notes);
+        let crop_px = network.crop.unwrap_or(description.image_size);
+        let extraction = Extraction {
+            resize_px: network.resize.unwrap_or(crop_px),
+            crop_px,
+            mean: description.mean,
+            std: description.std,
+            last_blocks: last_blocks.min(description.architecture.layers()),
+            batch: network.batch_size,
+        };
+        let weights = network.weights.display().to_string();
+        Ok(Self { weights, backbone, description, device, extraction, log: Log::new(None)?, seen: Vec::new() })
+    }
+
+    /// The features of a set; a set of the same name is not looked at again.
+    pub(crate) fn features(&mut self, set: &Set) -> anyhow::Result<Arc<Extracted>> {
+        if let Some((_, found)) = self.seen.iter().find(|(name, _)| *name == set.name) {
+            return Ok(Arc::clone(found));
+        }
+        let indices: Vec<usize> = (0..set.source.len()).collect();
+        let log = &mut self.log;
+        log.bar(indices.len() as u64, 0, "{bar:28} features of {pos}/{len} images, {eta} left");
+        let mut progress = |done: usize| log.set(done as u64, String::new());
+        let found = extract(&self.backbone, &*set.source, &indices, &self.extraction, &self.device, &mut progress);
+        log.clear();
+        let found = Arc::new(found?);
+        for rejected in &found.rejected {
+            log.line(&format!("warning: {}: {}; left out", rejected.id, rejected.reason));
+        }
+        self.seen.push((set.name.clone(), Arc::clone(&found)));
+        Ok(found)
+    }
+
+    /// How features of the last `blocks` blocks come to be; `train` is empty where nothing is trained.
+    pub(crate) fn source(&self, train: &str, val: &str, tokens: Vec<Token>, blocks: usize) -> FeatureSource {
+        let depth = self.backbone.architecture().layers();
+        let provenance = &self.description.provenance;
+        FeatureSource {
+            backbone: if provenance.is_known() {
+                format!("{}, after {} steps", self.weights, provenance.steps)
+            } else {
+                self.weights.clone()
+            },
+            train_data: train.to_owned(),
+            val_data: val.to_owned(),
+            tokens,
+            layers: (depth - blocks..depth).collect(),
+            final_norm: true,
+            resize_px: self.extraction.resize_px,
+            crop_px: self.extraction.crop_px,
+            interpolation: "bicubic, antialias".into(),
+            augmentation: "none".into(),
+        }
+    }
+
+    /// The JSON result of an evaluation.
+    pub(crate) fn result(&self, outcome: &Outcome) -> Value {
+        let mut result = json!({
+            "task": outcome.task,
+            "weights": self.weights,
+            "provenance": self.description.provenance,
+            "protocol": outcome.protocol,
+            "scores": outcome.scores,
+            "metrics": outcome.metrics,
+        });
+        outcome.more.iter().for_each(|(key, value)| result[*key] = value.clone());
+        result
+    }
+}
+
+/// Images that a classifier is made from, and images that it is scored on. Classes are numbered as in train; val may lack
+/// some of them.
+pub(crate) struct Pair {
+    pub(crate) train: Set,
+    pub(crate) val: Set,
+}
+
+impl Pair {
+    pub(crate) fn open(train: &str, val: &str) -> anyhow::Result<Self> {
+        let (train, val) = (Set::open(train, &[])?.labelled()?, Set::open(val, &[])?.labelled()?);
+        let classes = train.source.classes();
+        let unknown: Vec<&str> =
+            val.source.classes().iter().filter(|class| !classes.contains(class)).map(String::as_str).collect();
+        if !unknown.is_empty() {
+            return Err(Usage(anyhow::anyhow!(
+                "{}: {} of its {} classes are not in {}: {}\n\nhint: leave them out of val, or add images of them to train",
+                val.name,
+                unknown.len(),
+                val.source.classes().len(),
+                train.name,
+                unknown[..unknown.len().min(5)].join(", ")
+            ))
+            .into());
+        }
+        Ok(Self { train, val })
+    }
+
+    /// Number of classes of train.
+    pub(crate) fn classes(&self) -> usize {
+        self.train.source.classes().len()
+    }
+
+    /// What `input` takes from the features of both, with labels.
+    pub(crate) fn labeled(
+        &self,
+        frozen: &mut Frozen,
+        input: impl Fn(&Extracted) -> anyhow::Result<Features>,
+    ) -> anyhow::Result<(LabeledFeatures, LabeledFeatures)> {
+        let classes = self.train.source.classes();
+        let mut labeled = |set: &Set| -> anyhow::Result<LabeledFeatures> {
+            let found = frozen.features(set)?;
+            let number = |class: &String| classes.iter().position(|known| known == class).expect("a class of train");
+            let numbers: Vec<u32> = set.source.classes().iter().map(|class| number(class) as u32).collect();
+            let label = |&index: &usize| numbers[set.source.label(index).expect("a labelled set") as usize];
+            let labels = found.indices.iter().map(label).collect();
+            Ok(LabeledFeatures::new(input(&found)?, labels, classes.len())?)
+        };
+        Ok((labeled(&self.train)?, labeled(&self.val)?))
+    }
+}

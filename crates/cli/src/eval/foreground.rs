@@ -1,0 +1,98 @@
+//! `dinoxide eval foreground`: figure and ground from patch tokens and from attention.
+
+use std::process::ExitCode;
+
+use dinoxide_data::MapKind;
+use dinoxide_evaluation::dense::HeadConfig;
+use dinoxide_evaluation::dense::foreground::{ATTENTION_MASS, foreground, split_by_folder};
+use dinoxide_evaluation::{Method, Protocol, Report};
+use serde_json::json;
+
+use super::deliver_to;
+use super::dense::{Delivery, DenseCommon, DenseSetup, HeadArgs, PairArgs, stages, warn};
+use crate::Usage;
+use crate::table::table;
+use crate::terminal::Log;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    common: DenseCommon,
+    #[command(flatten)]
+    pairs: PairArgs,
+    #[command(flatten)]
+    head: HeadArgs,
+    /// Instead of `--val`: score this share of the folders of `--train`; images of one folder stay together
+    #[arg(long, value_name = "SHARE")]
+    split_by_folder: Option<f64>,
+    /// Id of pixels that are neither trained on nor scored; 0 is ground, every other id is figure
+    #[arg(long, value_name = "ID", default_value_t = 65_535)]
+    void: u32,
+    #[command(flatten)]
+    delivery: Delivery,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let config = args.head.config("foreground", HeadConfig::default())?;
+    let mut setup = DenseSetup::windowed(&args.common)?;
+    let train = args.pairs.open_train(MapKind::Mask, &mut setup.log)?;
+    let (train, val) = match (&args.pairs.val, args.split_by_folder) {
+        (Some(_), Some(_)) => {
+            return Err(Usage(anyhow::anyhow!("`--val` and `--split-by-folder` are two ways to say the same")).into());
+        }
+        (None, Some(share)) => {
+            if !(share > 0.0 && share < 1.0) {
+                return Err(
+                    Usage(anyhow::anyhow!("`--split-by-folder` is {share}, must be above 0 and below 1")).into()
+                );
+            }
+            let Some((train_part, val_part)) = split_by_folder(&train, share, args.head.seed) else {
+                let path = &args.pairs.train;
+                return Err(
+                    Usage(anyhow::anyhow!("{path}: all images are in one folder, which cannot be split")).into()
+                );
+            };
+            (train.select(&train_part), train.select(&val_part))
+        }
+        _ => (train, args.pairs.open_val(MapKind::Mask, &mut setup.log)?),
+    };
+    let mut log = Log::new(None)?;
+    let encoder = setup.encoder()?;
+    let (scores, rejected) = foreground(&encoder, &train, &val, args.void, &config, &mut stages(&mut log))?;
+    log.clear();
+    warn(&mut log, &rejected);
+
+    let percent = |value: f64| format!("{value:.2} %");
+    let mut rows = vec![vec!["linear classifier on patch tokens".to_owned(), percent(scores.linear)]];
+    if let Some(attention) = &scores.attention {
+        let mass = 100.0 * ATTENTION_MASS;
+        let name = format!("attention of CLS, head {}, {mass:.0} % of its mass", attention.head);
+        rows.push(vec![name, percent(attention.iou)]);
+    }
+    rows.push(vec!["first principal component, threshold".to_owned(), percent(scores.component.iou)]);
+    rows.push(vec!["everything is figure".to_owned(), percent(scores.everything)]);
+    let text = format!(
+        "figure/ground: mean IoU of the figure on {} val images; {} train images\n{}",
+        scores.images,
+        train.len(),
+        table(&["", "IoU"], &rows)
+    );
+    let weights = &args.common.seen.weights;
+    let val_data = match (&args.pairs.val, args.split_by_folder) {
+        (None, Some(share)) => format!("{}, {share} of its folders, seed {}", args.pairs.train, args.head.seed),
+        (val, _) => val.clone().unwrap_or_default(),
+    };
+    let source = setup.source(weights, &args.pairs.train, &val_data);
+    let (head, inference) = (config.description(), encoder.description());
+    let method = Method::Foreground { head, attention_mass: ATTENTION_MASS, ignored: args.void, inference };
+    let protocol = Protocol::new(method, vec![source], Some(train.len()), scores.images, Some(2));
+    let report = Report { protocol, scores };
+    let result = json!({
+        "task": "foreground",
+        "weights": weights.display().to_string(),
+        "provenance": setup.description.provenance,
+        "protocol": report.protocol,
+        "scores": report.scores,
+    });
+    deliver_to(args.delivery.output.as_deref(), args.delivery.json, &result, &text)
+}

@@ -1,0 +1,152 @@
+//! `dinoxide eval segmentation`: a linear head on frozen patch tokens, and mIoU.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use dinoxide_data::{AnnotatedSource, MapKind};
+use dinoxide_evaluation::dense::HeadConfig;
+use dinoxide_evaluation::dense::segmentation::{Classes, Ids, SegmentationHead, validate};
+use dinoxide_evaluation::{Method, Protocol, Report};
+use serde_json::json;
+
+use super::deliver_to;
+use super::dense::{Delivery, DenseCommon, DenseSetup, HeadArgs, PairArgs, stages, warn};
+use crate::Usage;
+use crate::table::table;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) task: Task,
+    #[command(flatten)]
+    delivery: Delivery,
+}
+
+/// What is needed to train a head.
+#[derive(clap::Args)]
+pub(crate) struct Task {
+    #[command(flatten)]
+    pub(crate) common: DenseCommon,
+    #[command(flatten)]
+    pub(crate) pairs: PairArgs,
+    #[command(flatten)]
+    head: HeadArgs,
+    /// Id of pixels that are neither trained on nor scored
+    #[arg(long, value_name = "ID", default_value_t = 255)]
+    void: u32,
+    /// Number of classes, whose ids are 0 and up; default: what the train masks have
+    #[arg(long, value_name = "N")]
+    classes: Option<usize>,
+    /// Id 0 is no class and classes begin at 1, as in ADE20K
+    #[arg(long)]
+    reduce_zero_label: bool,
+    /// Text file with the classes' names, a line each
+    #[arg(long, value_name = "FILE")]
+    class_names: Option<PathBuf>,
+}
+
+/// A trained head with what it was trained on.
+pub(crate) struct Trained {
+    pub(crate) setup: DenseSetup,
+    pub(crate) head: SegmentationHead,
+    pub(crate) config: HeadConfig,
+    pub(crate) classes: Classes,
+    pub(crate) names: Vec<String>,
+    pub(crate) val: AnnotatedSource,
+    pub(crate) train_images: usize,
+}
+
+impl Task {
+    /// Trains the head.
+    pub(crate) fn train(&self) -> anyhow::Result<Trained> {
+        let config = self.head.config("segmentation", HeadConfig::default())?;
+        let mut setup = DenseSetup::windowed(&self.common)?;
+        let train = self.pairs.open_train(MapKind::Mask, &mut setup.log)?;
+        let val = self.pairs.open_val(MapKind::Mask, &mut setup.log)?;
+        let ids = if self.reduce_zero_label { Ids::FromOne } else { Ids::Classes };
+        let count = match self.classes {
+            Some(0) => return Err(Usage(anyhow::anyhow!("`--classes` is 0, must be at least 1")).into()),
+            Some(count) => count,
+            None => Classes::count_in(&train, self.void, ids)?,
+        };
+        let names = self.names(count)?;
+        let classes = Classes { count, void: self.void, ids };
+        let mut log = crate::terminal::Log::new(None)?;
+        let (head, rejected) =
+            SegmentationHead::train(&setup.encoder()?, &train, classes, &config, &mut stages(&mut log))?;
+        log.clear();
+        warn(&mut log, &rejected);
+        let train_images = train.len() - rejected.len();
+        Ok(Trained { setup, head, config, classes, names, val, train_images })
+    }
+
+    fn names(&self, count: usize) -> anyhow::Result<Vec<String>> {
+        let Some(path) = &self.class_names else { return Ok((0..count).map(|class| class.to_string()).collect()) };
+        let text = std::fs::read_to_string(path).map_err(|e| Usage(anyhow::anyhow!("{}: {e}", path.display())))?;
+        let names: Vec<String> = text.lines().map(|line| line.trim().to_owned()).filter(|l| !l.is_empty()).collect();
+        if names.len() != count {
+            let (path, found) = (path.display(), names.len());
+            return Err(Usage(anyhow::anyhow!("{path}: {found} names for {count} classes")).into());
+        }
+        Ok(names)
+    }
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let mut trained = args.task.train()?;
+    let val = &trained.val;
+    let mut log = crate::terminal::Log::new(None)?;
+    log.bar(val.len() as u64, 0, "{bar:28} scoring {pos}/{len} val images, {eta} left");
+    let encoder = trained.setup.encoder()?;
+    let mut progress = |done: usize, _: usize| log.set(done as u64, String::new());
+    let found = validate(&trained.head, &encoder, val, trained.classes, &mut progress)?;
+    log.clear();
+    let inference = encoder.description();
+    warn(&mut trained.setup.log, &found.rejected);
+
+    let scores = found.confusion.scores()?;
+    let areas = found.confusion.areas();
+    let pixels: u64 = areas.iter().map(|[_, _, label]| label).sum();
+    let share = |class: usize| 100.0 * areas[class][2] as f64 / pixels as f64;
+    let most = (0..areas.len()).map(share).fold(0.0, f64::max);
+    let seen = (0..areas.len()).filter(|&class| areas[class][2] > 0).count();
+    let constant = most / seen as f64;
+    let percent = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2} %"));
+    let rows: Vec<Vec<String>> = scores
+        .classes
+        .iter()
+        .enumerate()
+        .map(|(class, of)| {
+            let name = trained.names[class].clone();
+            vec![name, percent(of.iou), percent(of.accuracy), percent(Some(share(class)))]
+        })
+        .collect();
+    let text = format!(
+        "segmentation: mIoU {:.2} %, mean accuracy {:.2} %, pixel accuracy {:.2} %\n\
+         {} val images, head trained on {}; always the most frequent class: mIoU {constant:.2} %, pixel accuracy {most:.2} %\n{}",
+        scores.mean_iou,
+        scores.mean_accuracy,
+        scores.pixel_accuracy,
+        found.images,
+        trained.train_images,
+        table(&["class", "IoU", "accuracy", "share of pixels"], &rows)
+    );
+    let pairs = &args.task.pairs;
+    let weights = &args.task.common.seen.weights;
+    let source = trained.setup.source(weights, &pairs.train, pairs.val.as_deref().unwrap_or_default());
+    let head = trained.config.description();
+    let method = Method::Segmentation { head, ignored: trained.classes.void, inference };
+    let images = (trained.train_images, found.images);
+    let protocol = Protocol::new(method, vec![source], Some(images.0), images.1, Some(trained.classes.count));
+    let report = Report { protocol, scores };
+    let result = json!({
+        "task": "segmentation",
+        "weights": weights.display().to_string(),
+        "provenance": trained.setup.description.provenance,
+        "protocol": report.protocol,
+        "scores": report.scores,
+        "class_names": trained.names,
+        "constant": { "mean_iou": constant, "pixel_accuracy": most },
+    });
+    deliver_to(args.delivery.output.as_deref(), args.delivery.json, &result, &text)
+}

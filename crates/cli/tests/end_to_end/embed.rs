@@ -1,0 +1,151 @@
+//! `dinoxide embed`.
+
+use std::collections::BTreeMap;
+
+use safetensors::SafeTensors;
+
+use crate::eval::place;
+use crate::support::{Finished, Workplace, names};
+
+fn embed(place: &Workplace, args: &[&str]) -> Finished {
+    place.run(&[&["embed", "--weights", "run/teacher.safetensors", "--data", "train"], args].concat())
+}
+
+/// Shapes and single-precision values of the tensors of a file; of labels, the values as numbers.
+fn tensors(place: &Workplace, name: &str) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    let bytes = place.read(name);
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let values = |name: &str, data: &[u8]| match name {
+        "labels" => data.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as f32).collect(),
+        _ => data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+    };
+    file.iter().map(|(n, view)| (n.to_owned(), (view.shape().to_vec(), values(n, view.data())))).collect()
+}
+
+#[test]
+fn every_kind_of_token_is_written_with_labels_and_names() {
+    let place = place();
+    place.write("train/dog/broken.png", "no image");
+    let done = embed(&place, &["--tokens", "patches,cls,mean", "--output", "f.safetensors"]).succeeded();
+    assert!(done.stderr.contains("warning: dog/broken.png: "), "{}", done.stderr);
+    assert!(
+        done.stderr.ends_with("wrote f.safetensors: cls [32], mean [32], patches [16, 32] of 25 images\n"),
+        "{}",
+        done.stderr
+    );
+    assert_eq!(done.stdout, "");
+    let found = tensors(&place, "f.safetensors");
+    assert_eq!(found.keys().collect::<Vec<_>>(), ["cls", "labels", "mean", "patches"]);
+    assert_eq!((&found["cls"].0[..], &found["patches"].0[..]), (&[24, 32][..], &[24, 16, 32][..]));
+    let labels: Vec<f32> = (0..24).map(|row| (row / 8) as f32).collect();
+    assert_eq!(found["labels"], (vec![24], labels));
+    for (image, mean) in found["patches"].1.chunks(16 * 32).zip(found["mean"].1.chunks(32)) {
+        for (d, &mean) in mean.iter().enumerate() {
+            let sum: f32 = image.iter().skip(d).step_by(32).sum();
+            assert!((sum / 16.0 - mean).abs() < 1e-5);
+        }
+    }
+    let csv = String::from_utf8(place.read("f.csv")).expect("UTF-8");
+    let lines: Vec<&str> = csv.lines().collect();
+    assert_eq!(lines.len(), 25);
+    assert_eq!((lines[0], lines[1], lines[9]), ("row,image,label,class", "0,cat/0.png,0,cat", "8,dog/0.png,1,dog"));
+
+    embed(&place, &["--normalize", "--output", "unit.safetensors"]).succeeded();
+    let unit = tensors(&place, "unit.safetensors");
+    for (unit, plain) in unit["cls"].1.chunks(32).zip(found["cls"].1.chunks(32)) {
+        let norm = |row: &[f32]| row.iter().map(|v| v * v).sum::<f32>().sqrt();
+        assert!((norm(unit) - 1.0).abs() < 1e-5 && (unit[3] * norm(plain) - plain[3]).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn an_interrupted_run_goes_on_with_the_files_that_are_missing() {
+    let place = place();
+    let args = ["--tokens", "cls", "--output", "out/f.safetensors", "--shard-images", "10", "--batch-size", "4"];
+    std::fs::create_dir(place.path("out")).expect("a folder");
+    embed(&place, &args).succeeded();
+    let file = |number: usize| format!("out/f-{number:05}-of-00003.safetensors");
+    let all: Vec<Vec<u8>> = (1..=3).map(|number| place.read(&file(number))).collect();
+    assert_eq!(tensors(&place, &file(3))["cls"].0, [4, 32]);
+    assert_eq!(names(&place.path("out")).len(), 6);
+
+    // As if it had been killed before the second file was in its place.
+    std::fs::remove_file(place.path(&file(2))).expect("removed");
+    let before = std::fs::metadata(place.path(&file(1))).expect("a file").modified().expect("a time");
+    let again = embed(&place, &args).succeeded();
+    assert!(again.stderr.contains("2 of 3 files are there already"), "{}", again.stderr);
+    assert_eq!((1..=3).map(|number| place.read(&file(number))).collect::<Vec<_>>(), all);
+    assert_eq!(std::fs::metadata(place.path(&file(1))).expect("a file").modified().expect("a time"), before);
+    let whole = embed(&place, &["--output", "whole.safetensors", "--batch-size", "24"]);
+    whole.succeeded();
+    let parts: Vec<f32> = (1..=3).flat_map(|number| tensors(&place, &file(number))["cls"].1.clone()).collect();
+    let whole = &tensors(&place, "whole.safetensors")["cls"].1;
+    assert!(parts.iter().zip(whole).all(|(a, b)| (a - b).abs() < 1e-5) && parts.len() == whole.len());
+
+    // Other settings under the same name.
+    let other = embed(&place, &[&args[..], &["--normalize"]].concat());
+    other.failed(
+        2,
+        &["f-00001-of-00003.safetensors: is there with other settings: `normalized` is false, now true", "hint: "],
+    );
+    let fewer = ["--tokens", "cls", "--output", "out/f.safetensors", "--shard-images", "12"];
+    embed(&place, &fewer).failed(2, &["is of the same name, but of another number of files than 2"]);
+    place.write(&file(2), "something else");
+    embed(&place, &args).failed(2, &["f-00002-of-00003.safetensors: is there and was not written by `embed`"]);
+    place.write_image("train/cat/new.png", &crate::support::picture(20, 17, 0, 9));
+    embed(&place, &args).failed(2, &["`images` is 24, now 25"]);
+}
+
+#[test]
+fn what_cannot_be_written_is_refused_before_anything_is_read() {
+    let place = place();
+    embed(&place, &["--output", "f.npz"]).failed(2, &["f.npz: give `--output` a name that ends in .safetensors"]);
+    embed(&place, &["--output", "no/f.safetensors"]).failed(2, &["no: no such folder to write to"]);
+    embed(&place, &["--output", "f.safetensors", "--shard-images", "0"]).failed(2, &["`--shard-images` is 0"]);
+    embed(&place, &["--output", "f.safetensors", "--crop", "18"])
+        .failed(2, &["18 is not a multiple of the patch size 4"]);
+    embed(&place, &["--output", "f.safetensors", "--tokens", "registers"])
+        .failed(2, &["`--tokens registers`: the backbone has no register tokens"]);
+    assert!(!place.path("f.safetensors").exists());
+    assert!(!place.path("no").exists());
+}
+
+#[test]
+fn registers_are_written_where_there_are_any() {
+    let place = place();
+    let args = ["train", "--config", "tiny.toml", "--run", "registers", "--set", "model.register_tokens=2"];
+    place.run(&args).succeeded();
+    let weights = "registers/teacher.safetensors";
+    let tokens = ["--tokens", "registers", "--output", "r.safetensors"];
+    place.run(&[&["embed", "--weights", weights, "--data", "val"][..], &tokens].concat()).succeeded();
+    assert_eq!(tensors(&place, "r.safetensors")["registers"].0, [9, 2, 32]);
+}
+
+#[test]
+fn features_that_are_not_finite_are_refused_with_the_image() {
+    let place = place();
+    let bytes = place.read("run/teacher.safetensors");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let mut tensors: Vec<(String, safetensors::Dtype, Vec<usize>, Vec<u8>)> = file
+        .iter()
+        .map(|(name, view)| (name.to_owned(), view.dtype(), view.shape().to_vec(), view.data().to_vec()))
+        .collect();
+    let norm = tensors.iter_mut().find(|(name, ..)| name == "norm.bias").expect("the final norm");
+    norm.3[20..24].copy_from_slice(&f32::NAN.to_le_bytes());
+    let views = tensors.iter().map(|(name, dtype, shape, data)| {
+        let view = safetensors::tensor::TensorView::new(*dtype, shape.clone(), data);
+        (name.as_str(), view.expect("a tensor"))
+    });
+    // Without a description there is no fingerprint that would notice.
+    place.write("nan.safetensors", safetensors::serialize(views, None).expect("bytes"));
+    let message = ["a value of `cat/0.png` is NaN", "hint: "];
+    for (task, args) in [
+        ("embed", &["--data", "train", "--output", "nan-features.safetensors"][..]),
+        ("eval", &["knn", "--train", "train", "--val", "val", "--k", "2"]),
+    ] {
+        let (first, rest) = if task == "eval" { (&args[..1], &args[1..]) } else { (&args[..0], args) };
+        let fixed = ["--weights", "nan.safetensors", "--crop", "16"];
+        place.run(&[&[task], first, &fixed, rest].concat()).failed(1, &message);
+    }
+    assert!(!place.path("nan-features.safetensors").exists() && !place.path("nan-features.csv").exists());
+}

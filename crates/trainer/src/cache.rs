@@ -1,0 +1,353 @@
+//! What a frozen teacher says of a run's crops, written once.
+//!
+//! Crops are a function of seed, image and epoch, so a teacher's tokens of the global crops can be computed before any
+//! student exists. A cache holds them in half precision, by the position of the sample in the run:
+//!
+//! ```text
+//! <cache>/
+//!   manifest.json                 what the tokens are of; every student is checked against it
+//!   tokens-000000.safetensors     `cls [n, 2, D]` and `patches [n, 2, P, D]` of positions 0 to n − 1, and so on
+//! ```
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use dinoxide_augmentation::{AugmentationConfig, Masks, MultiCrop};
+use dinoxide_config::Resolved;
+use dinoxide_data::{DataError, Loader, SampleReader, Source};
+use dinoxide_model::Architecture;
+use dinoxide_model::weights::{host, write_atomically};
+use dinoxide_random::{Purpose, epoch_view, stream};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::batch::{Batch, TeacherTokens};
+use crate::error::TrainError;
+use crate::pretrained::{Pretrained, misfit};
+use crate::recipe::Recipe;
+use crate::targets::FrozenTeacher;
+
+/// Positions in one file.
+const SHARD: u64 = 256;
+/// The recipe's key that names a cache.
+const KEY: &str = "distillation.cache";
+
+/// What the tokens of a cache are of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Manifest {
+    /// The teacher's backbone, and a checksum of its weights.
+    architecture: Architecture,
+    teacher_crc32: u32,
+    /// The images.
+    source: String,
+    samples: usize,
+    seed: u64,
+    /// How they are cropped; nothing about local crops, which a teacher does not see.
+    crops: AugmentationConfig,
+    /// Samples of the run.
+    positions: u64,
+}
+
+impl Manifest {
+    fn of(config: &Recipe, samples: usize, teacher: &Pretrained) -> Result<Self, TrainError> {
+        if !config.augmentation.sizes.is_empty() {
+            return Err(misfit(
+                KEY,
+                "`augmentation.sizes` is set, and a cache holds crops of one size\n\nhint: leave it \
+                                    out, or `distillation.cache`"
+                    .into(),
+            ));
+        }
+        let default = AugmentationConfig::default();
+        let crops = AugmentationConfig {
+            local_crops: default.local_crops,
+            local_crop_size: default.local_crop_size,
+            local_crop_scale: default.local_crop_scale,
+            gram_crop_size: default.gram_crop_size,
+            gram_crop_distorted: default.gram_crop_distorted,
+            blur: [config.augmentation.blur[0], config.augmentation.blur[1], default.blur[2]],
+            ..config.augmentation.clone()
+        };
+        let steps = config.plan(samples)?.steps;
+        Ok(Self {
+            architecture: teacher.backbone.architecture(),
+            teacher_crc32: teacher.checksum(),
+            source: config.data.source.clone(),
+            samples,
+            seed: config.train.seed,
+            crops,
+            positions: steps * config.train.batch_size as u64,
+        })
+    }
+
+    /// What differs from `found`, one line each; a cache may hold more positions than a run needs.
+    fn differences(&self, found: &Self) -> Vec<String> {
+        let value = |manifest: &Self| serde_json::to_value(manifest).expect("plain data");
+        let (wanted, has) = (value(self), value(found));
+        let mut differences = Vec::new();
+        for (key, wanted) in wanted.as_object().expect("an object") {
+            let has = &has[key];
+            let enough = key == "positions" && self.positions <= found.positions;
+            match (wanted.as_object(), has.as_object()) {
+                _ if wanted == has || enough => {}
+                (Some(wanted), Some(has)) => differences.extend(
+                    wanted.iter().filter(|(inner, value)| has.get(*inner) != Some(value)).map(|(inner, value)| {
+                        format!("  `{key}.{inner}` is {} in the cache, {value} in the run", has[inner])
+                    }),
+                ),
+                _ => differences.push(format!("  `{key}` is {has} in the cache, {wanted} in the run")),
+            }
+        }
+        differences
+    }
+
+    fn read(directory: &Path) -> Result<Self, String> {
+        let path = directory.join("manifest.json");
+        let text = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))
+    }
+
+    /// An error unless `directory` holds a cache of this.
+    fn check(&self, directory: &Path) -> Result<(), TrainError> {
+        let found = Self::read(directory).map_err(|reason| {
+            misfit(KEY, format!("{reason}\n\nhint: `dinoxide cache` writes a teacher's tokens into a folder"))
+        })?;
+        let differences = self.differences(&found);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(misfit(
+            KEY,
+            format!(
+                "{} was made of something else\n{}\n\nhint: write another cache with `dinoxide cache`",
+                directory.display(),
+                differences.join("\n")
+            ),
+        ))
+    }
+}
+
+fn shard_path(directory: &Path, shard: u64) -> PathBuf {
+    directory.join(format!("tokens-{shard:06}.safetensors"))
+}
+
+/// What became of writing a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// Whether it was asked to stop before its end.
+    pub interrupted: bool,
+    /// Samples whose tokens are there.
+    pub positions: u64,
+    /// Size of all of them on the disk.
+    pub bytes: u64,
+}
+
+/// Writes the tokens of a recipe's teacher for all crops of the run into `directory`, going on where an earlier call was
+/// stopped. `progress` is called with the samples done and all samples.
+///
+/// # Errors
+/// A recipe without a teacher, a directory with a cache of something else, and whatever the file system says. What is
+/// written stays.
+pub fn write(
+    recipe: &Resolved<Recipe>,
+    directory: &Path,
+    device: &Device,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Written, TrainError> {
+    let config = &recipe.value;
+    if !config.is_distilled() {
+        return Err(TrainError::Recipe("`distillation.teacher` is empty: there is nothing to write a cache of".into()));
+    }
+    let source = config.data.open()?;
+    let teacher = Pretrained::open("distillation.teacher", &config.distillation.teacher, device)?;
+    let manifest = Manifest::of(config, source.len(), &teacher)?;
+    let size = config.augmentation.global_crop_size;
+    manifest.architecture.grid(size, size).map_err(|e| misfit("distillation.teacher", e.to_string()))?;
+    if directory.join("manifest.json").exists() {
+        manifest.check(directory)?;
+    } else {
+        fs::create_dir_all(directory).map_err(TrainError::io(directory))?;
+        let text = serde_json::to_vec_pretty(&manifest).expect("plain data");
+        let path = directory.join("manifest.json");
+        write_atomically(&path, &text).map_err(TrainError::io(&path))?;
+    }
+    let shards = manifest.positions.div_ceil(SHARD);
+    let of = |shard: u64| shard * SHARD..((shard + 1) * SHARD).min(manifest.positions);
+    let mut written = Written { interrupted: false, positions: 0, bytes: 0 };
+    let frozen = FrozenTeacher {
+        architecture: manifest.architecture.clone(),
+        backbone: Some(teacher.backbone.clone()),
+        dino_head: None,
+        ibot_head: None,
+    };
+    for shard in 0..shards {
+        let path = shard_path(directory, shard);
+        let positions = of(shard);
+        let count = positions.end - positions.start;
+        if !path.exists() {
+            if stop.load(Ordering::Relaxed) {
+                written.interrupted = true;
+                break;
+            }
+            let bytes = tokens_of(config, &source, positions, &frozen, device)?;
+            write_atomically(&path, &bytes).map_err(TrainError::io(&path))?;
+        }
+        written.positions += count;
+        written.bytes += fs::metadata(&path).map_err(TrainError::io(&path))?.len();
+        progress(written.positions, manifest.positions);
+    }
+    Ok(written)
+}
+
+/// The tokens of consecutive positions as a file.
+fn tokens_of(
+    config: &Recipe,
+    source: &Arc<dyn Source>,
+    positions: std::ops::Range<u64>,
+    teacher: &FrozenTeacher,
+    device: &Device,
+) -> Result<Vec<u8>, TrainError> {
+    let seed = config.train.seed;
+    let reader = SampleReader::new(source.clone(), seed);
+    let without_locals = AugmentationConfig { local_crops: 0, gram_crop_size: 0, ..config.augmentation.clone() };
+    let crops = MultiCrop::new(&without_locals).map_err(|e| TrainError::Recipe(e.to_string()))?;
+    let work = move |position: u64| {
+        let drawn = reader.draw(position)?;
+        let (index, epoch) = (drawn.index as u64, drawn.epoch);
+        let crops =
+            crops.crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
+        Ok::<_, DataError>((String::new(), crops))
+    };
+    let mut loader = Loader::new(config.efficiency.loader_threads, SHARD as usize, positions.start, work)?;
+    let samples = positions.end - positions.start;
+    let (mut cls, mut patches) = (Vec::new(), Vec::new());
+    let mut counts = (0, 0);
+    let mut left = samples as usize;
+    while left > 0 {
+        let count = left.min(config.train.batch_size);
+        let mut samples = Vec::with_capacity(count);
+        for _ in 0..count {
+            samples.push(loader.next()??);
+        }
+        let masks = Masks { crops: 0, patches: 0, mask: Vec::new(), indices: Vec::new(), weights: Vec::new() };
+        let batch = Batch::new(&samples, masks, config.augmentation.mean, config.augmentation.std, device);
+        let tokens = teacher.tokens(&batch, 1);
+        let [_, _, tokens_count, dim] = tokens.patches.dims();
+        counts = (tokens_count, dim);
+        // By position first, so that any range of them can be read.
+        cls.extend(halves(tokens.cls.swap_dims(0, 1).reshape([-1])));
+        patches.extend(halves(tokens.patches.swap_dims(0, 1).reshape([-1])));
+        left -= count;
+    }
+    let (samples, (tokens_count, dim)) = (samples as usize, counts);
+    let bytes = |values: &[f16]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    let (cls, patches) = (bytes(&cls), bytes(&patches));
+    let view = |shape: Vec<usize>, bytes| TensorView::new(Dtype::F16, shape, bytes).expect("sizes agree");
+    let views =
+        [("cls", view(vec![samples, 2, dim], &cls)), ("patches", view(vec![samples, 2, tokens_count, dim], &patches))];
+    Ok(safetensors::serialize(views, None).expect("two tensors"))
+}
+
+/// Values in half precision; what is larger than it can hold becomes its largest.
+fn halves(values: Tensor<1>) -> Vec<f16> {
+    let largest = f16::MAX.to_f32();
+    host(values).into_iter().map(|value| f16::from_f32(value.clamp(-largest, largest))).collect()
+}
+
+/// A cache that is being read, in the order in which it was written.
+pub(crate) struct Cache {
+    directory: PathBuf,
+    device: Device,
+    /// The file that was read last.
+    shard: Option<(u64, Shard)>,
+}
+
+/// One file's tokens.
+struct Shard {
+    cls: Vec<f32>,
+    patches: Vec<f32>,
+    tokens: usize,
+    dim: usize,
+}
+
+impl Cache {
+    /// The recipe's cache, if it names one. `teacher` is the one that it also names.
+    ///
+    /// # Errors
+    /// A cache of something else.
+    pub(crate) fn open(config: &Recipe, samples: usize, device: &Device) -> Result<Option<Self>, TrainError> {
+        if config.distillation.cache.is_empty() {
+            return Ok(None);
+        }
+        let directory = PathBuf::from(&config.distillation.cache);
+        let teacher = Pretrained::open("distillation.teacher", &config.distillation.teacher, device)?;
+        Manifest::of(config, samples, &teacher)?.check(&directory)?;
+        Ok(Some(Self { directory, device: device.clone(), shard: None }))
+    }
+
+    /// The tokens of the batch that starts at a position.
+    ///
+    /// # Errors
+    /// A file that is missing or damaged.
+    pub(crate) fn tokens(&mut self, start: u64, samples: usize) -> Result<TeacherTokens, TrainError> {
+        let (mut cls, mut patches) = (Vec::new(), Vec::new());
+        let (mut tokens, mut dim) = (0, 0);
+        for position in start..start + samples as u64 {
+            let shard = self.shard(position / SHARD)?;
+            (tokens, dim) = (shard.tokens, shard.dim);
+            let i = (position % SHARD) as usize;
+            let row = |values: &[f32], length: usize| values.get(i * length..(i + 1) * length).map(<[f32]>::to_vec);
+            match (row(&shard.cls, 2 * dim), row(&shard.patches, 2 * tokens * dim)) {
+                (Some(of_cls), Some(of_patches)) => {
+                    cls.extend(of_cls);
+                    patches.extend(of_patches);
+                }
+                _ => {
+                    let path = shard_path(&self.directory, position / SHARD);
+                    return Err(misfit(KEY, format!("{}: has no tokens of sample {position}", path.display())));
+                }
+            }
+        }
+        let cls = Tensor::<3>::from_data(TensorData::new(cls, [samples, 2, dim]), &self.device);
+        let patches = Tensor::<4>::from_data(TensorData::new(patches, [samples, 2, tokens, dim]), &self.device);
+        Ok(TeacherTokens { cls: cls.swap_dims(0, 1), patches: patches.swap_dims(0, 1) })
+    }
+
+    fn shard(&mut self, number: u64) -> Result<&Shard, TrainError> {
+        if self.shard.as_ref().is_none_or(|(known, _)| *known != number) {
+            let path = shard_path(&self.directory, number);
+            let read = fs::read(&path).map_err(|e| e.to_string()).and_then(|bytes| Shard::read(&bytes));
+            let shard = read.map_err(|reason| {
+                misfit(KEY, format!("{}: {reason}\n\nhint: `dinoxide cache` writes what is missing", path.display()))
+            })?;
+            self.shard = Some((number, shard));
+        }
+        Ok(&self.shard.as_ref().expect("it was read").1)
+    }
+}
+
+impl Shard {
+    fn read(bytes: &[u8]) -> Result<Self, String> {
+        let file = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
+        let tensor = |name: &str| {
+            let view = file.tensor(name).map_err(|e| e.to_string())?;
+            if view.dtype() != Dtype::F16 {
+                return Err(format!("`{name}` is not in half precision"));
+            }
+            let halves: Vec<f16> = view.data().chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
+            Ok((view.shape().to_vec(), halves.to_f32_vec()))
+        };
+        let ((_, cls), (shape, patches)) = (tensor("cls")?, tensor("patches")?);
+        let &[_, 2, tokens, dim] = shape.as_slice() else {
+            return Err(format!("`patches` is {shape:?}, not [samples, 2, patches, width]"));
+        };
+        Ok(Self { cls, patches, tokens, dim })
+    }
+}

@@ -1,0 +1,258 @@
+//! The student's side of a step: its forwards, and the losses of one micro-batch.
+
+use burn::module::Module;
+use burn::tensor::{Bool, Tensor, s};
+use dinoxide_losses::{
+    Loss, dino,
+    feature::feature,
+    gram::{Negatives, gram},
+    ibot, koleo,
+};
+use dinoxide_model::{CropGroup, Features, StochasticDraws, weights::host};
+
+use crate::batch::{Batch, DeviceMasks};
+use crate::loss::{GramTokens, LossConfig, LossValues};
+use crate::network::{Network, gather, rows};
+use crate::step::StepDraws;
+use crate::targets::{Guidance, Targets};
+
+/// The terms of one micro-batch; a mean over its own samples, except for iBOT (see [`ibot::masked_patches`]).
+#[derive(Default)]
+pub(crate) struct Terms {
+    dino_global: Option<Loss>,
+    dino_local: Option<Loss>,
+    ibot: Option<Loss>,
+    koleo: Option<Loss>,
+    /// A scalar that carries KoLeo's gradient when its value belongs to the whole batch.
+    koleo_graph: Option<Tensor<1>>,
+    gram: Option<Loss>,
+    feature_cls: Option<Loss>,
+    feature_patch: Option<Loss>,
+    relation: Option<Loss>,
+    /// Pairs of global crops, and of local with global crops.
+    pairs: (f64, f64),
+}
+
+/// What one micro-batch is judged by.
+pub(crate) struct Judgement<'a> {
+    pub(crate) config: &'a LossConfig,
+    pub(crate) targets: &'a Targets,
+    pub(crate) guidance: &'a Guidance,
+    /// Gradient of KoLeo with respect to the CLS tokens, when it belongs to the whole batch.
+    pub(crate) spread: Option<&'a Tensor<2>>,
+    /// Samples of the whole batch.
+    pub(crate) whole_batch: usize,
+    /// Whether the student sees its masked patches all the same: under a frozen teacher, as in DINOv3.
+    pub(crate) sees_all: bool,
+}
+
+pub(crate) fn student_losses(
+    student: &Network,
+    part: &Batch,
+    draws: &[StochasticDraws; 2],
+    by: &Judgement<'_>,
+) -> Terms {
+    let Judgement { config, targets, .. } = by;
+    let device = part.global.device();
+    let masks = (config.ibot_weight > 0.0).then(|| DeviceMasks::new(&part.masks, &device));
+    let global = student_global(student, part, masks.as_ref().filter(|_| !by.sees_all), &draws[0]);
+
+    let mut terms = Terms { pairs: pairs(part, config), ..Terms::default() };
+    guided_losses(student, part, &global, by, &mut terms);
+    if let Some(targets) = &targets.cls {
+        let head = &student.dino_head;
+        let vectors = head.last_layer.vectors();
+        let bottleneck = head.bottleneck(global.cls.clone());
+        terms.dino_global = Some(dino::global(
+            bottleneck,
+            vectors.clone(),
+            targets.clone(),
+            config.student_temp,
+            config.ignore_diagonal,
+        ));
+        if let Some(crops) = config.local_crops(part) {
+            let bottleneck = head.bottleneck(student.local_cls(tracked(crops), &draws[1]));
+            terms.dino_local = Some(dino::local(bottleneck, vectors, targets.clone(), config.student_temp));
+        }
+    }
+    if let (Some(masks), Some(targets)) = (masks, &targets.patches) {
+        let head = student.patch_head();
+        let bottleneck = head.bottleneck(gather(global.patches, Tensor::from_inner(masks.indices)));
+        let crops = 2 * by.whole_batch;
+        let loss = ibot::masked_patches(
+            bottleneck,
+            head.patch_prototypes().vectors(),
+            targets.clone(),
+            masks.weights,
+            crops,
+            config.student_temp,
+        );
+        terms.ibot = Some(loss);
+    }
+    if config.koleo_weight > 0.0 {
+        match by.spread {
+            None => terms.koleo = Some(koleo::koleo_per_crop(global.cls, 2)),
+            Some(gradient) => terms.koleo_graph = Some((global.cls * tracked(gradient.clone())).sum()),
+        }
+    }
+    terms
+}
+
+/// The losses on features: Gram anchoring, and the matching of a frozen teacher's tokens.
+fn guided_losses(student: &Network, part: &Batch, global: &Features, by: &Judgement<'_>, terms: &mut Terms) {
+    let config = by.config;
+    if let Some(teacher) = &by.guidance.gram {
+        let gram_config = &config.gram;
+        let (ours, theirs) = match gram_config.per_image {
+            true => (global.patches.clone(), teacher.clone()),
+            false => {
+                let chosen = |tokens: Tensor<3>| {
+                    let masked = match gram_config.tokens {
+                        GramTokens::All => return rows(tokens).unsqueeze::<3>(),
+                        GramTokens::Masked => true,
+                        GramTokens::Unmasked => false,
+                    };
+                    let of = |i: &i32| part.masks.mask[*i as usize] == masked;
+                    let places: Vec<i32> = (0..part.masks.mask.len() as i32).filter(of).collect();
+                    gather(tokens.clone(), Tensor::from_data(places.as_slice(), &tokens.device())).unsqueeze::<3>()
+                };
+                (chosen(global.patches.clone()), chosen(teacher.clone()))
+            }
+        };
+        terms.gram = Some(gram(ours, theirs, gram_config.normalize, gram_config.negatives));
+    }
+    let Some(teacher) = &by.guidance.features else { return };
+    let weights = &config.features;
+    if let Some(projector) = &student.projector {
+        terms.feature_cls = (weights.cls_weight > 0.0)
+            .then(|| feature(projector.cls(global.cls.clone()), teacher.cls.clone(), weights.distance));
+        terms.feature_patch = (weights.patch_weight > 0.0).then(|| {
+            feature(projector.patches(rows(global.patches.clone())), rows(teacher.patches.clone()), weights.distance)
+        });
+    }
+    terms.relation = (weights.relation_weight > 0.0).then(|| {
+        let patches = gram(global.patches.clone(), teacher.patches.clone(), true, Negatives::Keep);
+        let cls = gram(global.cls.clone().unsqueeze(), teacher.cls.clone().unsqueeze(), true, Negatives::Keep);
+        Loss { value: patches.value + cls.value, graph: patches.graph + cls.graph }
+    });
+}
+
+fn student_global(
+    student: &Network,
+    part: &Batch,
+    masks: Option<&DeviceMasks>,
+    draws: &StochasticDraws,
+) -> dinoxide_model::Features {
+    let mask = masks.map(|m| Tensor::<2, Bool>::from_inner(m.mask.clone()));
+    student.features(tracked(part.global.clone()), mask, CropGroup::Global, Some(draws))
+}
+
+/// KoLeo over a batch in several micro-batches.
+pub(crate) struct Spread {
+    /// A mean over the two global crops.
+    pub(crate) value: f64,
+    /// Gradient of the sum over crops with respect to the CLS tokens of each micro-batch: `[2B, D]`, plain.
+    pub(crate) gradients: Vec<Tensor<2>>,
+}
+
+pub(crate) fn koleo_of_parts(
+    student: &Network,
+    parts: &[Batch],
+    draws: &StepDraws,
+    config: &LossConfig,
+    sees_all: bool,
+) -> Spread {
+    let student = student.valid();
+    let cls: Vec<Tensor<3>> = parts
+        .iter()
+        .zip(draws)
+        .map(|(part, draws)| {
+            let masks =
+                (config.ibot_weight > 0.0 && !sees_all).then(|| DeviceMasks::new(&part.masks, &part.global.device()));
+            let mask = masks.map(|m| m.mask);
+            let cls = student.features(part.global.clone(), mask, CropGroup::Global, Some(&draws[0])).cls;
+            let [rows, dim] = cls.dims();
+            cls.reshape([2, rows / 2, dim])
+        })
+        .collect();
+    let cls = Tensor::cat(cls, 1);
+    let [crops, batch, dim] = cls.dims();
+    let cls = Tensor::<2>::from_inner(cls.reshape([crops * batch, dim])).require_grad();
+    let loss = koleo::koleo_per_crop(cls.clone(), crops);
+    let gradient = cls.grad(&loss.graph.backward()).expect("KoLeo depends on every CLS token");
+    let gradient = gradient.reshape([crops, batch, dim]);
+    let mut first = 0;
+    let gradients = parts.iter().map(|part| {
+        let samples = first..first + part.len();
+        first = samples.end;
+        gradient.clone().slice(s![.., samples, ..]).reshape([crops * part.len(), dim])
+    });
+    Spread { value: f64::from(host(loss.value)[0]) / crops as f64, gradients: gradients.collect() }
+}
+
+/// Pairs of (student crop, teacher crop): global with global, local with global.
+fn pairs(batch: &Batch, config: &LossConfig) -> (f64, f64) {
+    let global = if config.ignore_diagonal { 2.0 } else { 4.0 };
+    (global, batch.local.as_ref().map_or(0.0, |local| 2.0 * local.dims()[0] as f64))
+}
+
+/// Weights of the global and local DINO terms: together a mean over all pairs when `local_weight` is 1.
+fn dino_weights((global, local): (f64, f64), config: &LossConfig) -> (f64, f64) {
+    let all = global + local;
+    (config.dino_weight * global / all, config.dino_weight * config.local_weight * local / all)
+}
+
+/// The scalar to minimise on one micro-batch. `None` if every term is left out.
+pub(crate) fn weighted_sum(terms: Terms, share: f64, config: &LossConfig) -> Option<Tensor<1>> {
+    let (global, local) = dino_weights(terms.pairs, config);
+    let parts = [
+        terms.dino_global.map(|l| l.graph * (global * share)),
+        terms.dino_local.map(|l| l.graph * (local * share)),
+        terms.ibot.map(|l| l.graph * config.ibot_weight),
+        terms.koleo.map(|l| l.graph * config.koleo_weight),
+        terms.koleo_graph.map(|graph| graph * config.koleo_weight),
+        terms.gram.map(|l| l.graph * (config.gram.weight * share)),
+        terms.feature_cls.map(|l| l.graph * (config.features.cls_weight * share)),
+        terms.feature_patch.map(|l| l.graph * (config.features.patch_weight * share)),
+        terms.relation.map(|l| l.graph * (config.features.relation_weight * share)),
+    ];
+    parts.into_iter().flatten().reduce(|sum, part| sum + part)
+}
+
+impl LossValues {
+    /// Adds a micro-batch's terms.
+    pub(crate) fn add(&mut self, terms: &Terms, share: f64) {
+        let read = |loss: &Option<Loss>| loss.as_ref().map(|l| f64::from(host(l.value.clone())[0]));
+        let sum = |into: &mut Option<f64>, value: Option<f64>| {
+            if let Some(value) = value {
+                *into = Some(into.unwrap_or(0.0) + value);
+            }
+        };
+        sum(&mut self.dino_global, read(&terms.dino_global).map(|v| v * share));
+        sum(&mut self.dino_local, read(&terms.dino_local).map(|v| v * share));
+        sum(&mut self.ibot, read(&terms.ibot));
+        sum(&mut self.koleo, read(&terms.koleo).map(|v| v / 2.0));
+        sum(&mut self.gram, read(&terms.gram).map(|v| v * share));
+        sum(&mut self.feature_cls, read(&terms.feature_cls).map(|v| v * share));
+        sum(&mut self.feature_patch, read(&terms.feature_patch).map(|v| v * share));
+        sum(&mut self.relation, read(&terms.relation).map(|v| v * share));
+    }
+}
+
+pub(crate) fn total(losses: &LossValues, config: &LossConfig, batch: &Batch) -> f64 {
+    let (global, local) = dino_weights(pairs(batch, config), config);
+    global * losses.dino_global.unwrap_or(0.0)
+        + local * losses.dino_local.unwrap_or(0.0)
+        + config.ibot_weight * losses.ibot.unwrap_or(0.0)
+        // The objective sums KoLeo over the two global crops; the value is their mean.
+        + config.koleo_weight * 2.0 * losses.koleo.unwrap_or(0.0)
+        + config.gram.weight * losses.gram.unwrap_or(0.0)
+        + config.features.cls_weight * losses.feature_cls.unwrap_or(0.0)
+        + config.features.patch_weight * losses.feature_patch.unwrap_or(0.0)
+        + config.features.relation_weight * losses.relation.unwrap_or(0.0)
+}
+
+/// A plain tensor as a constant of the autodiff graph.
+fn tracked<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    Tensor::from_inner(tensor)
+}
