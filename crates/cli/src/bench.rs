@@ -81,13 +81,20 @@ fn rates(measured: &Measured) -> [f64; 3] {
     [median(rates()), rates().fold(f64::INFINITY, f64::min), rates().fold(0.0, f64::max)]
 }
 
+/// The seconds of a step of middling length, and of its parts by name.
+fn middling(measured: &Measured) -> (f64, [(&'static str, f64); 5]) {
+    let mut steps = measured.steps.clone();
+    steps.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (seconds, timings) = steps[steps.len() / 2];
+    (seconds, PARTS.map(|(name, of)| (name, of(&timings))))
+}
+
 fn report(source: &str, measured: &Measured) -> String {
     let [rate, lowest, highest] = rates(measured);
-    let whole = median(measured.steps.iter().map(|(seconds, _)| *seconds));
+    let (whole, parts) = middling(measured);
     let row = |name: &str, seconds: f64| {
         vec![name.to_owned(), format!("{:.1}", 1e3 * seconds), format!("{:.1} %", 100.0 * seconds / whole)]
     };
-    let parts = PARTS.map(|(name, of)| (name, median(measured.steps.iter().map(|(_, timings)| of(timings)))));
     let rest = whole - parts.iter().map(|(_, seconds)| seconds).sum::<f64>();
     let mut rows: Vec<Vec<String>> = parts.iter().map(|(name, seconds)| row(name, *seconds)).collect();
     rows.push(row("masks, pixels", rest));
@@ -105,7 +112,7 @@ fn report(source: &str, measured: &Measured) -> String {
 
 fn json(measured: &Measured) -> serde_json::Value {
     let [rate, lowest, highest] = rates(measured);
-    let parts = PARTS.map(|(name, of)| (name, median(measured.steps.iter().map(|(_, timings)| of(timings)))));
+    let (_, parts) = middling(measured);
     serde_json::json!({
         "images_per_second": rate,
         "lowest": lowest,
