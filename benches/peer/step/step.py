@@ -26,6 +26,7 @@ SIZES = {
     # dim, depth, heads, patch, batch, global, local, locals, hidden, bottleneck, prototypes
     "vitt8_64px": (192, 12, 3, 8, 64, 64, 32, 4, 1024, 128, 2048),
     "vits16_224px": (384, 12, 6, 16, 4, 224, 96, 8, 2048, 256, 16384),
+    "vitb16_224px": (768, 12, 12, 16, 2, 224, 96, 8, 2048, 256, 16384),
 }
 
 

@@ -1,6 +1,7 @@
 //! The `dinoxide` command. The only crate that reads arguments, prints, and exits.
 
 mod allocator;
+mod bench;
 mod cache;
 mod device;
 mod embed;
@@ -47,6 +48,9 @@ enum Command {
     Inspect(inspect::Args),
     /// Write a backbone for another library: Hugging Face, the DINO repositories, timm, ONNX.
     Export(export::Args),
+    /// Measure how fast this machine trains a recipe.
+    #[command(subcommand)]
+    Bench(bench::Command),
     /// List the recipes, or show one with every value and where it comes from.
     Recipes(recipes::Args),
 }
@@ -91,6 +95,7 @@ fn main() -> ExitCode {
         Command::Viz(command) => viz::run(&command),
         Command::Inspect(args) => inspect::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Bench(command) => bench::run(&command),
         Command::Recipes(args) => recipes::run(&args),
     });
     match outcome {

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, activation, module, ops::ConvOptions};
 
-use crate::RopeTable;
+use crate::{AdamW, Branch, LEAST_MASS, RopeTable};
 
 /// See [`crate::linear`].
 pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
@@ -79,10 +79,86 @@ fn probabilities(q: Tensor<4>, k: Tensor<4>) -> Tensor<4> {
     activation::softmax(q.matmul(k.transpose()) / (head_dim as f64).sqrt(), 3)
 }
 
+/// See [`crate::attention`].
+pub fn attention(x: Tensor<3>, branch: Branch, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
+    let Branch { norm, first, last, gamma, recompute: _ } = branch;
+    let [batch, tokens, width] = x.dims();
+    let x = x.reshape([batch * tokens, width]);
+    let normalized = layer_norm(x.clone(), norm.weight, norm.bias, norm.eps);
+    let qkv = linear(normalized, first.weight, first.bias).reshape([batch, tokens, 3 * width]);
+    let heads = self_attention(qkv, num_heads, rope).reshape([batch * tokens, width]);
+    residual(x, linear(heads, last.weight, last.bias), gamma).reshape([batch, tokens, width])
+}
+
+/// See [`crate::feed_forward`].
+pub fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
+    let Branch { norm, first, last, gamma, recompute: _ } = branch;
+    let normalized = layer_norm(x.clone(), norm.weight, norm.bias, norm.eps);
+    let activated = gelu(linear(normalized, first.weight, first.bias));
+    residual(x, linear(activated, last.weight, last.bias), gamma)
+}
+
 /// `x·cos + rotate_half(x)·sin`, where `rotate_half([a, b]) = [−b, a]` on the two halves of a head.
 fn rotate(x: Tensor<4>, table: &RopeTable) -> Tensor<4> {
     let half = x.dims()[3] / 2;
     let mut halves = x.clone().split(half, 3).into_iter();
     let (a, b) = (halves.next().expect("two halves"), halves.next().expect("two halves"));
     x * table.cos.clone().unsqueeze() + Tensor::cat(vec![b.neg(), a], 3) * table.sin.clone().unsqueeze()
+}
+
+/// See [`crate::soft_cross_entropy`].
+pub fn soft_cross_entropy(
+    logits: Tensor<2>,
+    targets: Tensor<2>,
+    weights: Tensor<1>,
+    mass: f64,
+    temperature: f64,
+) -> (Tensor<1>, Tensor<2>) {
+    let [rows, _] = logits.dims();
+    let weights = weights.reshape([rows, 1]);
+    let logits = logits / temperature;
+    let expected = (logits.clone() * targets.clone()).sum_dim(1);
+    let peak = logits.clone().max_dim(1);
+    let exponentials = (logits - peak.clone()).exp();
+    let total = exponentials.clone().sum_dim(1);
+    let losses = ((peak + total.clone().log()) * mass - expected) * weights.clone();
+    let gradient = exponentials * (weights.clone() * mass / total / temperature) - targets * (weights / temperature);
+    (losses.reshape([rows]), gradient)
+}
+
+/// See [`crate::sinkhorn`].
+pub fn sinkhorn(logits: Tensor<2>, temperature: f64, iterations: usize) -> Tensor<2> {
+    let [samples, prototypes] = logits.dims();
+    let scaled = logits / temperature;
+    let peaks = scaled.clone().max_dim(1);
+    let q = (scaled - peaks.clone()).exp();
+    let mut per_sample = (peaks.clone() - peaks.max_dim(0)).exp();
+    let mut per_prototype = Tensor::<2>::ones([prototypes, 1], &q.device());
+    for _ in 0..iterations {
+        let mass = q.clone().transpose().matmul(per_sample).clamp_min(LEAST_MASS);
+        per_prototype = (mass * prototypes as f64).recip();
+        let mass = q.clone().matmul(per_prototype.clone()).clamp_min(LEAST_MASS);
+        per_sample = (mass * samples as f64).recip();
+    }
+    q * per_prototype.transpose() * (per_sample * samples as f64)
+}
+
+/// See [`crate::adamw`].
+pub fn adamw(weight: Tensor<1>, gradient: Tensor<1>, m: Tensor<1>, v: Tensor<1>, step: AdamW) -> [Tensor<1>; 3] {
+    let gradient = gradient * step.gradient_factor;
+    let m = m * step.beta1 + gradient.clone() * (1.0 - step.beta1);
+    let v = v * step.beta2 + gradient.powi_scalar(2) * (1.0 - step.beta2);
+    let root = v.clone().sqrt() / step.correction2.sqrt() + step.eps;
+    let weight = weight * step.decay - m.clone() / root * (step.lr / step.correction1);
+    [weight, m, v]
+}
+
+/// See [`crate::running_mean`].
+pub fn running_mean(mean: Tensor<1>, value: Tensor<1>, momentum: f64) -> Tensor<1> {
+    mean * momentum + value * (1.0 - momentum)
+}
+
+/// See [`crate::sum_of_squares`].
+pub fn sum_of_squares(x: &Tensor<1>) -> Tensor<1> {
+    x.clone().powi_scalar(2).sum()
 }

@@ -11,10 +11,13 @@
 pub mod composed;
 mod flex;
 
-use burn::backend::Dispatch;
+use burn::backend::{Dispatch, DispatchTensor};
 use burn::tensor::Tensor;
 
-use flex::{Attention, DepthwiseConv, FlexKernels, Gelu, LayerNorm, Linear, Residual, RotaryAttention};
+use flex::{
+    Attention, AttentionBranch, DepthwiseConv, FeedForward, FlexKernels, FlexPrototypes, FlexUpdates, Gelu, LayerNorm,
+    Linear, Residual, RotaryAttention, RotaryAttentionBranch,
+};
 
 /// Cosine and sine tables of a rotary position embedding, one row per token.
 ///
@@ -111,4 +114,194 @@ pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>
         }
         None => Dispatch::unary(qkv, Attention { num_heads }),
     })
+}
+
+/// The layer norm at the beginning of a residual branch: gain and offset `[D]`, and what is added to the variance.
+#[derive(Clone, Debug)]
+pub struct Normalization {
+    /// Gain.
+    pub weight: Tensor<1>,
+    /// Offset.
+    pub bias: Tensor<1>,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+/// A linear layer of a residual branch: weight `[out, in]`, bias `[out]`.
+#[derive(Clone, Debug)]
+pub struct Projection {
+    /// As PyTorch lays it out.
+    pub weight: Tensor<2>,
+    /// None is a bias of zero.
+    pub bias: Option<Tensor<1>>,
+}
+
+/// What a residual branch of a transformer block is made of, besides what lies between its two linear layers.
+#[derive(Clone, Debug)]
+pub struct Branch {
+    /// The norm before it.
+    pub norm: Normalization,
+    /// Its first linear layer.
+    pub first: Projection,
+    /// Its last linear layer.
+    pub last: Projection,
+    /// Its layer scale `[D]`; none is a scale of one.
+    pub gamma: Option<Tensor<1>>,
+    /// Whether the backward pass computes what lies between again instead of keeping it: less memory, more work, the same
+    /// bits. Only fused branches do so.
+    pub recompute: bool,
+}
+
+impl Branch {
+    /// Its tensors in the order in which the fused operations take them, on rows of `width` features.
+    fn into_dispatch(self, width: usize) -> [DispatchTensor; 7] {
+        let Self { norm, first, last, gamma, recompute: _ } = self;
+        let gamma = gamma.unwrap_or_else(|| Tensor::ones([width], &last.weight.device()));
+        let bias = |layer: &Projection| {
+            let out = layer.weight.dims()[0];
+            layer.bias.clone().unwrap_or_else(|| Tensor::zeros([out], &layer.weight.device()))
+        };
+        let (first_bias, last_bias) = (bias(&first), bias(&last));
+        [
+            norm.weight.into_dispatch(),
+            norm.bias.into_dispatch(),
+            first.weight.into_dispatch(),
+            first_bias.into_dispatch(),
+            last.weight.into_dispatch(),
+            last_bias.into_dispatch(),
+            gamma.into_dispatch(),
+        ]
+    }
+}
+
+/// The attention branch of a pre-norm transformer block, with its residual connection:
+/// `x + gamma·last(self_attention(first(layer_norm(x))))`.
+///
+/// # Shapes
+/// `x [B, N, D]`, `first [3·D, D]` packed as in [`self_attention`], `last [D, D]` → `[B, N, D]`.
+pub fn attention(x: Tensor<3>, branch: Branch, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
+    if !flex::supports(&x.device(), x.dtype()) {
+        return composed::attention(x, branch, num_heads, rope);
+    }
+    let operation = AttentionBranch { num_heads, eps: branch.norm.eps, recompute: branch.recompute };
+    let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[2]);
+    let x = x.into_dispatch();
+    Tensor::from_dispatch(match rope {
+        Some(RopeTable { cos, sin }) => {
+            let (cos, sin) = (cos.clone().into_dispatch(), sin.clone().into_dispatch());
+            Dispatch::denary(x, a, b, c, d, e, f, g, cos, sin, RotaryAttentionBranch(operation))
+        }
+        None => Dispatch::octonary(x, a, b, c, d, e, f, g, operation),
+    })
+}
+
+/// The feed-forward branch of a pre-norm transformer block, with its residual connection:
+/// `x + gamma·last(gelu(first(layer_norm(x))))`.
+///
+/// # Shapes
+/// `x [M, D]`, `first [F, D]`, `last [D, F]` → `[M, D]`.
+pub fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
+    if !flex::supports(&x.device(), x.dtype()) {
+        return composed::feed_forward(x, branch);
+    }
+    let operation = FeedForward { eps: branch.norm.eps, recompute: branch.recompute };
+    let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[1]);
+    Tensor::from_dispatch(Dispatch::octonary(x.into_dispatch(), a, b, c, d, e, f, g, operation))
+}
+
+/// In Sinkhorn–Knopp a prototype or a sample with less mass than this counts as if it had this much: its factor would be
+/// infinite in single precision.
+pub(crate) const LEAST_MASS: f64 = 1e-30;
+
+/// The cross-entropy of each row of logits against soft targets, and its gradient: with `p = softmax(logits/temperature)`,
+/// `weight·(mass·log Σ exp(logits/temperature) − Σ_k target_k·logits_k/temperature)` and
+/// `weight·(mass·p − target)/temperature`.
+///
+/// # Shapes
+/// `logits [M, K]`, `targets [M, K]` with rows that sum to `mass`, `weights [M]`, all plain → `[M]`, `[M, K]`.
+pub fn soft_cross_entropy(
+    logits: Tensor<2>,
+    targets: Tensor<2>,
+    weights: Tensor<1>,
+    mass: f64,
+    temperature: f64,
+) -> (Tensor<1>, Tensor<2>) {
+    if !flex::supports_plain(&logits.device(), logits.dtype()) {
+        return composed::soft_cross_entropy(logits, targets, weights, mass, temperature);
+    }
+    let (logits, targets, weights) = (logits.into_dispatch(), targets.into_dispatch(), weights.into_dispatch());
+    let (losses, gradient) = Dispatch::soft_cross_entropy(logits, targets, weights, mass, temperature);
+    (Tensor::from_dispatch(losses), Tensor::from_dispatch(gradient))
+}
+
+/// Sinkhorn–Knopp: `exp(logits/temperature)` scaled so that, alternately, columns have equal mass and rows sum to 1, ending
+/// with the rows.
+///
+/// The scaling is kept as one factor per column and one per row, so that the matrix is not rewritten until the end. Each row
+/// is exponentiated relative to its own peak; the peaks enter as initial factors of the rows, which makes this the same
+/// iteration as without them, but it cannot overflow.
+///
+/// # Shapes
+/// `logits [M, K]`, plain, with at least one row → `[M, K]`.
+pub fn sinkhorn(logits: Tensor<2>, temperature: f64, iterations: usize) -> Tensor<2> {
+    if !flex::supports_plain(&logits.device(), logits.dtype()) {
+        return composed::sinkhorn(logits, temperature, iterations);
+    }
+    Tensor::from_dispatch(Dispatch::sinkhorn(logits.into_dispatch(), temperature, iterations))
+}
+
+/// The numbers of one step of AdamW (Loshchilov & Hutter 2019, algorithm 2).
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    /// Factor of the gradient, from clipping.
+    pub gradient_factor: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Factor of the weight: one minus learning rate times weight decay.
+    pub decay: f64,
+    /// `1 − beta1^t` after `t` steps.
+    pub correction1: f64,
+    /// `1 − beta2^t` after `t` steps.
+    pub correction2: f64,
+}
+
+/// A step of AdamW: the new weight and both new moments, with `g` the gradient times its factor,
+/// `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`, `w ← decay·w − lr·(m/c₁)/(√(v/c₂) + eps)`.
+///
+/// In the memory of weight and moments where nothing else sees it.
+///
+/// # Shapes
+/// All `[P]`, plain.
+pub fn adamw(weight: Tensor<1>, gradient: Tensor<1>, m: Tensor<1>, v: Tensor<1>, step: AdamW) -> [Tensor<1>; 3] {
+    if !flex::supports_plain(&weight.device(), weight.dtype()) {
+        return composed::adamw(weight, gradient, m, v, step);
+    }
+    let [weight, gradient, m, v] = [weight, gradient, m, v].map(Tensor::into_dispatch);
+    let (weight, m, v) = Dispatch::adamw(weight, gradient, m, v, step);
+    [weight, m, v].map(Tensor::from_dispatch)
+}
+
+/// `momentum·mean + (1 − momentum)·value`, in the memory of the mean where nothing else sees it.
+///
+/// # Shapes
+/// All `[P]`, plain.
+pub fn running_mean(mean: Tensor<1>, value: Tensor<1>, momentum: f64) -> Tensor<1> {
+    if !flex::supports_plain(&mean.device(), mean.dtype()) {
+        return composed::running_mean(mean, value, momentum);
+    }
+    Tensor::from_dispatch(Dispatch::running_mean(mean.into_dispatch(), value.into_dispatch(), momentum))
+}
+
+/// `Σ xᵢ²`, `[1]`, of a plain tensor.
+pub fn sum_of_squares(x: &Tensor<1>) -> Tensor<1> {
+    if !flex::supports_plain(&x.device(), x.dtype()) {
+        return composed::sum_of_squares(x);
+    }
+    Tensor::from_dispatch(Dispatch::sum_of_squares(x.clone().into_dispatch()))
 }

@@ -6,6 +6,7 @@
 //! Besides the targets, no more than one block of at most [`BLOCK_ELEMENTS`] logits exists at a time.
 
 use burn::tensor::{Tensor, s};
+use dinoxide_kernels as kernels;
 
 use crate::{Loss, plain};
 
@@ -57,21 +58,14 @@ fn cross_entropy_in_blocks(
         let count = group.probabilities.dims()[0];
         for start in (0..count).step_by(block) {
             let end = (start + block).min(count);
-            let m = end - start;
             let x_block = x.clone().slice(s![first + start..first + end, ..]);
             let target = group.probabilities.clone().slice(s![start..end, ..]);
-            let weights = group.weights.clone().slice(s![start..end]).reshape([m, 1]);
+            let weights = group.weights.clone().slice(s![start..end]);
 
-            let logits = x_block.clone().matmul(w.clone().transpose()) / temperature;
-            let expected = (logits.clone() * target.clone()).sum_dim(1);
-            let peak = logits.clone().max_dim(1);
-            let exponentials = (logits - peak.clone()).exp();
-            let total = exponentials.clone().sum_dim(1);
-            let log_sum = peak + total.clone().log();
-            value = value + ((log_sum * group.mass - expected) * weights.clone()).sum();
+            let logits = kernels::linear(x_block.clone(), w.clone(), None);
+            let (losses, gradient) = kernels::soft_cross_entropy(logits, target, weights, group.mass, temperature);
+            value = value + losses.sum();
             if tracked {
-                let gradient = exponentials * (weights.clone() * group.mass / total / temperature)
-                    - target * (weights / temperature);
                 x_gradients.push(gradient.clone().matmul(w.clone()));
                 let partial = gradient.transpose().matmul(x_block);
                 w_gradient = Some(match w_gradient {

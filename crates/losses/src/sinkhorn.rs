@@ -1,36 +1,18 @@
 //! Sinkhorn–Knopp centering: targets that use all prototypes equally (SwAV, Caron et al. 2020, §3.1; DINOv2 §4).
 
 use burn::tensor::Tensor;
+use dinoxide_kernels as kernels;
 
 /// Targets from teacher logits: `exp(logits / temperature)` scaled so that, alternately, prototypes have equal mass and
 /// samples sum to 1, ending with the samples.
 ///
-/// The scaling is kept as one factor per prototype and one per sample, so an iteration is two matrix–vector products and
-/// the `[B, K]` matrix is neither copied nor rewritten until the end. Each row is exponentiated relative to its own peak;
-/// the peaks enter as initial factors of the samples, which makes this the same iteration as without them, but it cannot
-/// overflow.
-///
 /// # Shapes
 /// `logits [B, K]`, plain, single precision → `[B, K]`, rows sum to 1.
 pub fn sinkhorn_knopp(logits: Tensor<2>, temperature: f64, iterations: usize) -> Tensor<2> {
-    let [samples, prototypes] = logits.dims();
-    if samples == 0 {
+    if logits.dims()[0] == 0 {
         return logits;
     }
-    // Below this a prototype has no mass in single precision; its factor would be infinite.
-    const LEAST_MASS: f64 = 1e-30;
-    let scaled = logits / temperature;
-    let peaks = scaled.clone().max_dim(1);
-    let q = (scaled - peaks.clone()).exp();
-    let mut per_sample = (peaks.clone() - peaks.max_dim(0)).exp();
-    let mut per_prototype = Tensor::<2>::ones([prototypes, 1], &q.device());
-    for _ in 0..iterations {
-        let mass = q.clone().transpose().matmul(per_sample).clamp_min(LEAST_MASS);
-        per_prototype = (mass * prototypes as f64).recip();
-        let mass = q.clone().matmul(per_prototype.clone()).clamp_min(LEAST_MASS);
-        per_sample = (mass * samples as f64).recip();
-    }
-    q * per_prototype.transpose() * (per_sample * samples as f64)
+    kernels::sinkhorn(logits, temperature, iterations)
 }
 
 #[cfg(test)]

@@ -138,6 +138,16 @@ impl Backbone {
         }
     }
 
+    /// The same, with blocks whose backward pass computes again what lies between their linear layers instead of keeping it:
+    /// less memory, more work, the same bits. On the CPU, in a vision transformer, where stochastic depth leaves the block
+    /// alone; elsewhere nothing changes.
+    pub fn recomputing(mut self, recompute: bool) -> Self {
+        if let Self::Vit(vit) = &mut self {
+            vit.blocks.iter_mut().for_each(|block| block.recompute = recompute);
+        }
+        self
+    }
+
     /// What this backbone is.
     pub fn architecture(&self) -> Architecture {
         match self {
@@ -171,6 +181,18 @@ impl Backbone {
         match self {
             Self::Vit(vit) => vit.forward_train(images, mask, group, draws),
             Self::ConvNext(convnext) => convnext.forward_train(images, draws),
+        }
+    }
+
+    /// The CLS tokens of [`forward_train`](Self::forward_train) without mask, `[B, D]`, without what only the patch tokens
+    /// need.
+    ///
+    /// # Shapes
+    /// As [`forward`](Self::forward).
+    pub fn cls_train(&self, images: Tensor<4>, group: CropGroup, draws: &StochasticDraws) -> Tensor<2> {
+        match self {
+            Self::Vit(vit) => vit.cls_train(images, group, draws),
+            Self::ConvNext(convnext) => convnext.forward_train(images, draws).cls,
         }
     }
 

@@ -1,9 +1,9 @@
 //! The layers of a transformer block, named as the references name them.
 
 use burn::module::{Module, Param};
-use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation, s};
 use dinoxide_kernels as kernels;
-use dinoxide_kernels::RopeTable;
+use dinoxide_kernels::{Normalization, Projection, RopeTable};
 use rand::Rng;
 
 use crate::{
@@ -29,6 +29,10 @@ impl Linear {
     /// `x [M, in]` → `[M, out]`.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         kernels::linear(x, self.weight.val(), self.bias.as_ref().map(Param::val))
+    }
+
+    fn projection(&self) -> Projection {
+        Projection { weight: self.weight.val(), bias: self.bias.as_ref().map(Param::val) }
     }
 }
 
@@ -62,6 +66,12 @@ impl Norm {
 
     pub(crate) fn forward_tokens(&self, x: Tensor<3>) -> Tensor<3> {
         on_rows(x, |rows| self.forward(rows))
+    }
+
+    /// Its values, if it is a layer norm.
+    fn normalization(&self) -> Option<Normalization> {
+        let bias = self.bias.as_ref()?.val();
+        Some(Normalization { weight: self.weight.val(), bias, eps: self.eps })
     }
 }
 
@@ -220,6 +230,9 @@ pub struct Block {
     pub mlp: Ffn,
     /// Scale of the feed-forward branch.
     pub ls2: Option<LayerScale>,
+    /// See [`Backbone::recomputing`](crate::Backbone::recomputing).
+    #[module(skip)]
+    pub(crate) recompute: bool,
 }
 
 impl Block {
@@ -233,6 +246,7 @@ impl Block {
             norm2: Norm::new(dim, config.norm, config.norm_eps, init),
             mlp: Ffn::new(config, init),
             ls2: scale(init),
+            recompute: false,
         }
     }
 
@@ -247,9 +261,46 @@ impl Block {
     /// If there are not two draws.
     pub fn forward(&self, x: Tensor<3>, rope: Option<&RopeTable>, draws: &[BranchDraw]) -> Tensor<3> {
         let [attention, feed_forward] = draws else { panic!("{} draws for the two branches of a block", draws.len()) };
-        let gamma = |scale: &Option<LayerScale>| scale.as_ref().map(|scale| scale.gamma.val());
-        let x = branch(x, attention, gamma(&self.ls1), |x| self.attn.forward(self.norm1.forward_tokens(x), rope));
-        branch(x, feed_forward, gamma(&self.ls2), |x| on_rows(x, |rows| self.mlp.forward(self.norm2.forward(rows))))
+        let x = self.attention(x, rope, attention);
+        self.feed_forward(x, feed_forward)
+    }
+
+    /// [`forward`](Self::forward), of which only the first token of each sequence is computed: `[B, N, D]` → `[B, 1, D]`.
+    ///
+    /// # Panics
+    /// If there are not two draws.
+    pub(crate) fn forward_first(&self, x: Tensor<3>, rope: Option<&RopeTable>, draws: &[BranchDraw]) -> Tensor<3> {
+        let [attention, feed_forward] = draws else { panic!("{} draws for the two branches of a block", draws.len()) };
+        let first = self.attention(x, rope, attention).slice(s![.., 0..1, ..]);
+        self.feed_forward(first, feed_forward)
+    }
+
+    /// The first branch.
+    fn attention(&self, x: Tensor<3>, rope: Option<&RopeTable>, draw: &BranchDraw) -> Tensor<3> {
+        let gamma = self.ls1.as_ref().map(|scale| scale.gamma.val());
+        let attn = &self.attn;
+        match (draw, self.norm1.normalization()) {
+            (BranchDraw::Keep, Some(norm)) => {
+                let first = Projection { weight: attn.qkv.weight.val(), bias: attn.qkv_bias() };
+                let last = attn.proj.projection();
+                let branch = kernels::Branch { norm, first, last, gamma, recompute: self.recompute };
+                kernels::attention(x, branch, attn.num_heads, rope)
+            }
+            _ => branch(x, draw, gamma, |x| attn.forward(self.norm1.forward_tokens(x), rope)),
+        }
+    }
+
+    /// The second branch.
+    fn feed_forward(&self, x: Tensor<3>, draw: &BranchDraw) -> Tensor<3> {
+        let gamma = self.ls2.as_ref().map(|scale| scale.gamma.val());
+        match (draw, self.norm2.normalization(), &self.mlp.fc1, &self.mlp.fc2) {
+            (BranchDraw::Keep, Some(norm), Some(fc1), Some(fc2)) => {
+                let (first, last) = (fc1.projection(), fc2.projection());
+                let branch = kernels::Branch { norm, first, last, gamma, recompute: self.recompute };
+                on_rows(x, |rows| kernels::feed_forward(rows, branch))
+            }
+            _ => branch(x, draw, gamma, |x| on_rows(x, |rows| self.mlp.forward(self.norm2.forward(rows)))),
+        }
     }
 }
 

@@ -177,6 +177,28 @@ impl Vit {
         self.forward_with(images, mask, group, Some(draws))
     }
 
+    /// The CLS tokens of [`forward_train`](Self::forward_train) without mask, `[B, D]`. What the last block's feed-forward
+    /// layer would make of the other tokens is left out.
+    ///
+    /// # Shapes
+    /// `images [B, C, H, W]`.
+    pub fn cls_train(&self, images: Tensor<4>, group: CropGroup, draws: &StochasticDraws) -> Tensor<2> {
+        let mut last = None;
+        self.run_blocks(images, None, Some(draws), true, |_, x| last = Some(x.clone()));
+        let cls = last.expect("a backbone has at least one block");
+        let [batch, _, dim] = cls.dims();
+        self.cls_norm(group, true).forward(cls.reshape([batch, dim]))
+    }
+
+    /// The final norm of CLS tokens and registers.
+    fn cls_norm(&self, group: CropGroup, training: bool) -> &Norm {
+        match (group, &self.local_cls_norm, &self.cls_norm) {
+            (CropGroup::Local, Some(local), _) if training => local,
+            (_, _, Some(cls)) => cls,
+            _ => &self.norm,
+        }
+    }
+
     fn forward_with(
         &self,
         images: Tensor<4>,
@@ -185,13 +207,9 @@ impl Vit {
         draws: Option<&StochasticDraws>,
     ) -> Features {
         let mut last = None;
-        self.run_blocks(images, mask, draws, |_, x| last = Some(x.clone()));
+        self.run_blocks(images, mask, draws, false, |_, x| last = Some(x.clone()));
         let prenorm = last.expect("a backbone has at least one block");
-        let cls_norm = match (group, &self.local_cls_norm, &self.cls_norm) {
-            (CropGroup::Local, Some(local), _) if draws.is_some() => local,
-            (_, _, Some(cls)) => cls,
-            _ => &self.norm,
-        };
+        let cls_norm = self.cls_norm(group, draws.is_some());
         let LayerFeatures { cls, registers, patches } = self.split(prenorm.clone(), Some((cls_norm, &self.norm)));
         Features { cls, registers, patches, prenorm }
     }
@@ -202,7 +220,7 @@ impl Vit {
     /// As [`forward`](Self::forward).
     pub fn forward_layers(&self, images: Tensor<4>, layers: &[usize], norm: bool) -> Vec<LayerFeatures> {
         let mut found = Vec::with_capacity(layers.len());
-        self.run_blocks(images, None, None, |block, x| {
+        self.run_blocks(images, None, None, false, |block, x| {
             if layers.contains(&block) {
                 let norms = norm.then(|| (self.cls_norm.as_ref().unwrap_or(&self.norm), &self.norm));
                 found.push(self.split(x.clone(), norms));
@@ -242,12 +260,13 @@ impl Vit {
         (height / patch, width / patch)
     }
 
-    /// Runs the blocks, showing each one's output.
+    /// Runs the blocks, showing each one's output; with `cls_only`, the last one's is that of the CLS tokens, `[B, 1, D]`.
     fn run_blocks(
         &self,
         images: Tensor<4>,
         mask: Option<Tensor<2, Bool>>,
         draws: Option<&StochasticDraws>,
+        cls_only: bool,
         mut after: impl FnMut(usize, &Tensor<3>),
     ) {
         let grid = self.grid(&images);
@@ -257,12 +276,13 @@ impl Vit {
         let still = if draws.is_none() { table(&RopeDraw::NONE) } else { None };
         let mut x = self.tokens(images, mask, grid);
         for (i, block) in self.blocks.iter().enumerate() {
-            x = match draws {
-                None => block.forward(x, still.as_ref(), KEEP),
-                Some(draws) => {
-                    let turned = draws.rope.get(i).and_then(table);
-                    block.forward(x, turned.as_ref(), &draws.branches[2 * i..2 * i + 2])
-                }
+            let turned = draws.and_then(|draws| draws.rope.get(i).and_then(table));
+            let rope = still.as_ref().or(turned.as_ref());
+            let branches = draws.map_or(KEEP, |draws| &draws.branches[2 * i..2 * i + 2]);
+            x = if cls_only && i + 1 == self.blocks.len() {
+                block.forward_first(x, rope, branches)
+            } else {
+                block.forward(x, rope, branches)
             };
             after(i, &x);
         }

@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod duration;
 pub mod error;
 pub mod loss;
+pub mod measure;
 pub mod metrics;
 pub mod monitor;
 pub mod network;

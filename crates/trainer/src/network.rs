@@ -63,6 +63,11 @@ impl Network {
             None => self.backbone.forward(images, mask),
         }
     }
+
+    /// The student's CLS tokens of local crops `[L, B, C, h, w]`, `[L·B, D]`.
+    pub fn local_cls(&self, crops: Tensor<5>, draws: &StochasticDraws) -> Tensor<2> {
+        self.backbone.cls_train(flat(crops), CropGroup::Local, draws)
+    }
 }
 
 /// Crops stacked along the batch: `[V, B, C, H, W]` → `[V·B, C, H, W]`.

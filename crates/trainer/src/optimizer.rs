@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use dinoxide_kernels as kernels;
 use dinoxide_model::{Architecture, parameters};
 use serde::{Deserialize, Serialize};
 
@@ -163,7 +164,7 @@ impl AdamW {
 
     /// The norm of the gradients of each submodule that has any. One transfer from the device.
     pub fn norms(&self, gradients: &Gradients) -> BTreeMap<&'static str, f64> {
-        let squares = gradients.values().map(|g| g.clone().powi_scalar(2).sum()).collect::<Vec<_>>();
+        let squares = gradients.values().map(kernels::sum_of_squares).collect::<Vec<_>>();
         if squares.is_empty() {
             return BTreeMap::new();
         }
@@ -199,33 +200,35 @@ impl AdamW {
                 return weight;
             }
             let state = moments.get_mut(name).expect("each parameter has its moments");
-            let mut gradient = match gradients.remove(name) {
+            let gradient = match gradients.remove(name) {
                 Some(gradient) => gradient,
                 None => weight.zeros_like(),
             };
             let factor = match config.clip {
                 Clip::Submodule => norms.get(split(name).0).map_or(1.0, |norm| coefficient(*norm)),
                 Clip::Parameter => {
-                    let square = dinoxide_model::weights::host(gradient.clone().powi_scalar(2).sum())[0];
+                    let square = dinoxide_model::weights::host(kernels::sum_of_squares(&gradient))[0];
                     coefficient(f64::from(square).sqrt())
                 }
             };
-            if factor != 1.0 {
-                gradient = gradient * factor;
-            }
             let still = frozen || (at.backbone_frozen && split(name).0 == "backbone");
             let lr = if still { 0.0 } else { at.lr * group.lr_multiplier };
             state.steps += 1;
+            // The moments are handed over, so that the update can take place in their memory.
             let zeros = Tensor::zeros([1], &weight.device());
             let m = std::mem::replace(&mut state.m, zeros.clone());
             let v = std::mem::replace(&mut state.v, zeros);
-            let m = m * config.beta1 + gradient.clone() * (1.0 - config.beta1);
-            let v = v * config.beta2 + gradient.powi_scalar(2) * (1.0 - config.beta2);
-            let correction1 = 1.0 - config.beta1.powi(state.steps as i32);
-            let correction2 = 1.0 - config.beta2.powi(state.steps as i32);
-            let decay = 1.0 - lr * at.weight_decay * group.weight_decay_multiplier;
-            let denominator = v.clone().sqrt() / correction2.sqrt() + config.eps;
-            let weight = weight * decay - m.clone() / denominator * (lr / correction1);
+            let step = kernels::AdamW {
+                gradient_factor: factor,
+                beta1: config.beta1,
+                beta2: config.beta2,
+                eps: config.eps,
+                lr,
+                decay: 1.0 - lr * at.weight_decay * group.weight_decay_multiplier,
+                correction1: 1.0 - config.beta1.powi(state.steps as i32),
+                correction2: 1.0 - config.beta2.powi(state.steps as i32),
+            };
+            let [weight, m, v] = kernels::adamw(weight, gradient, m, v, step);
             (state.m, state.v) = (m, v);
             weight
         })
@@ -237,7 +240,7 @@ pub fn ema<M: Module>(teacher: M, student: &M, momentum: f64) -> M {
     let mut values = parameters::values(student);
     parameters::replace(teacher, |name, weight| {
         let student = values.remove(name).expect("student and teacher have the same parameters");
-        weight * momentum + student * (1.0 - momentum)
+        kernels::running_mean(weight, student, momentum)
     })
 }
 

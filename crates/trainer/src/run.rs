@@ -373,6 +373,28 @@ fn resident_bytes() -> u64 {
     memory_stats::memory_stats().map_or(0, |stats| stats.physical_mem as u64)
 }
 
+/// The highest resident memory of this process so far, where the system tells; else that of this moment.
+pub(crate) fn peak_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+    peak.map_or_else(resident_bytes, |kibibytes: u64| 1024 * kibibytes)
+}
+
+/// The draws of a step's forwards, made for the sizes of its micro-batches.
+pub(crate) fn step_draws(recipe: &Recipe, backbone: &Architecture, step: u64) -> StepDraws {
+    let (batch, parts) = (recipe.train.batch_size, recipe.efficiency.micro_batches);
+    let locals = recipe.augmentation.local_crops;
+    (0..parts)
+        .map(|part| {
+            let samples = (part + 1) * batch / parts - part * batch / parts;
+            [(0, 2), (1, locals)].map(|(group, crops)| {
+                let mut rng = stream(recipe.train.seed, Purpose::Forward, step, 2 * part as u64 + group);
+                backbone.draw(crops * samples, &mut rng)
+            })
+        })
+        .collect()
+}
+
 /// Which of the recipe's crop sizes a step has.
 fn crop_sizes(augmentation: &AugmentationConfig, seed: u64, step: u64) -> usize {
     augmentation.choose(&mut stream(seed, Purpose::CropSizes, step, 0))
@@ -407,6 +429,7 @@ impl<'a> Run<'a> {
             damaged = loaded.damaged;
             saved = Some(progress.step);
         }
+        state.student.backbone = state.student.backbone.recomputing(config.efficiency.recompute);
         // The evaluations before the first step and after the last belong to no checkpoint: they are made again.
         let evaluates_again = progress.step == 0 || progress.step == plan.steps;
         let metrics = MetricsFile::open(&directory.join("metrics.jsonl"), progress.step, evaluates_again)?;
@@ -434,7 +457,7 @@ impl<'a> Run<'a> {
             window_start: now,
             window_images: 0,
             window_waited: 0.0,
-            peak_memory: resident_bytes(),
+            peak_memory: peak_bytes(),
         };
         Ok(Self {
             config,
@@ -483,7 +506,7 @@ impl<'a> Run<'a> {
     fn take(&mut self, batch: &Batch, waited: f64, watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
         let batch = batch.with_locals(self.local_crops());
         let at = self.plan.schedule.at(self.state.step);
-        let draws = self.draws(at.step);
+        let draws = step_draws(self.config, &self.plan.backbone, at.step);
         let losses = self.plan.schedule.losses_at(&self.config.loss, at.step);
         let report = train_step(&mut self.state, &batch, &draws, &losses, at)?;
         self.progress.step = self.state.step;
@@ -500,7 +523,7 @@ impl<'a> Run<'a> {
     ) -> Result<(), TrainError> {
         let step = self.state.step;
         let memory = resident_bytes();
-        self.clock.peak_memory = self.clock.peak_memory.max(memory);
+        self.clock.peak_memory = self.clock.peak_memory.max(peak_bytes());
         let elapsed = self.clock.window_start.elapsed().as_secs_f64().max(1e-9);
         let images = self.progress.images - self.clock.window_images;
         let (rate, wait) = (images as f64 / elapsed, (waited - self.clock.window_waited) / elapsed);
@@ -563,21 +586,6 @@ impl<'a> Run<'a> {
 
     fn ln_prototypes(&self) -> f64 {
         (self.config.dino_head.prototypes as f64).ln()
-    }
-
-    /// The draws of a step's forwards, made for the sizes of its micro-batches.
-    fn draws(&self, step: u64) -> StepDraws {
-        let (batch, parts) = (self.config.train.batch_size, self.config.efficiency.micro_batches);
-        let locals = self.config.augmentation.local_crops;
-        (0..parts)
-            .map(|part| {
-                let samples = (part + 1) * batch / parts - part * batch / parts;
-                [(0, 2), (1, locals)].map(|(group, crops)| {
-                    let mut rng = stream(self.config.train.seed, Purpose::Forward, step, 2 * part as u64 + group);
-                    self.plan.backbone.draw(crops * samples, &mut rng)
-                })
-            })
-            .collect()
     }
 
     /// Evaluates the teacher. `None` if nothing is to be evaluated, or if that failed after the first step: hours of

@@ -1,6 +1,7 @@
 //! One optimisation step. Start reading at [`train_step`].
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
@@ -35,6 +36,33 @@ pub struct TrainState {
     pub patch_center: Center,
     /// Steps taken.
     pub step: u64,
+    /// Where the time of the last step went.
+    pub timings: Timings,
+}
+
+/// Seconds that the parts of a step took. On a device that computes later than it is told to, they are the time it took to
+/// tell it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timings {
+    /// The teacher's forward, heads included.
+    pub teacher: f64,
+    /// Centering: from logits to targets.
+    pub targets: f64,
+    /// The student's forward with heads and losses.
+    pub student: f64,
+    /// Backward.
+    pub backward: f64,
+    /// Gradient norms, clipping, AdamW, the teacher's running mean, centers.
+    pub update: f64,
+}
+
+/// Reads off the time since the last reading.
+struct Stopwatch(Instant);
+
+impl Stopwatch {
+    fn lap(&mut self) -> f64 {
+        std::mem::replace(&mut self.0, Instant::now()).elapsed().as_secs_f64()
+    }
 }
 
 impl TrainState {
@@ -68,6 +96,7 @@ impl TrainState {
             gram_teacher: None,
             optimizer,
             step: 0,
+            timings: Timings::default(),
         }
     }
 }
@@ -122,10 +151,13 @@ pub fn train_step(
     config: &LossConfig,
     at: Scheduled,
 ) -> Result<StepReport, StepError> {
+    let (mut clock, mut timings) = (Stopwatch(Instant::now()), Timings::default());
     let parts = batch.divide(draws.len());
 
     let outputs: Vec<TeacherOutputs> = parts.iter().map(|part| teacher_outputs(state, part, config)).collect();
+    timings.teacher = clock.lap();
     let (targets, target_entropy) = center(state, &outputs, config, &at);
+    timings.targets = clock.lap();
 
     // KoLeo's gradient needs the CLS tokens of the whole batch; with several micro-batches they take a forward of their own.
     let sees_all = state.frozen.is_some();
@@ -146,7 +178,9 @@ pub fn train_step(
         };
         let terms = student_losses(&state.student, part, &draws[i], &judgement);
         losses.add(&terms, share);
+        timings.student += clock.lap();
         accumulate(&mut gradients, &state.student, weighted_sum(terms, share, config));
+        timings.backward += clock.lap();
     }
     if let Some(spread) = &spread {
         losses.koleo = Some(spread.value);
@@ -156,12 +190,17 @@ pub fn train_step(
     let norms = state.optimizer.norms(&gradients);
     require_finite(state, batch, config, &losses, &norms, &at)?;
 
-    state.student = state.optimizer.step(state.student.clone(), gradients, &norms, &at);
-    state.teacher = ema(state.teacher.clone(), &state.student, at.teacher_momentum);
+    // Each network is handed over while the other holds its place, so that it can be changed in its own memory.
+    let student = std::mem::replace(&mut state.student, state.teacher.clone());
+    state.student = state.optimizer.step(student, gradients, &norms, &at);
+    let teacher = std::mem::replace(&mut state.teacher, state.student.clone());
+    state.teacher = ema(teacher, &state.student, at.teacher_momentum);
     update_centers(state, &outputs, &parts, config);
     if at.refresh_gram_teacher {
         state.gram_teacher = Some(state.teacher.backbone.clone());
     }
+    timings.update = clock.lap();
+    state.timings = timings;
     state.step = at.step + 1;
     Ok(StepReport { losses, gradient_norms: norms, target_entropy, at })
 }

@@ -71,8 +71,7 @@ pub(crate) fn student_losses(
             config.ignore_diagonal,
         ));
         if let Some(crops) = config.local_crops(part) {
-            let local = student.features(tracked(crops), None, CropGroup::Local, Some(&draws[1]));
-            let bottleneck = head.bottleneck(local.cls);
+            let bottleneck = head.bottleneck(student.local_cls(tracked(crops), &draws[1]));
             terms.dino_local = Some(dino::local(bottleneck, vectors, targets.clone(), config.student_temp));
         }
     }

@@ -1,6 +1,7 @@
 //! The program as its users see it: exit codes, messages, and what a run leaves behind.
 
 mod bad_input;
+mod bench;
 mod convnext;
 mod dense;
 mod distillation;

@@ -13,7 +13,8 @@ mod head;
 use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
-use self::head::{Head, Place, Rotation, Scratch};
+pub(super) use self::head::Rotation;
+use self::head::{Head, Place, Scratch};
 use super::operation::Operation;
 use super::{contiguous, elements, tensor};
 
@@ -82,8 +83,9 @@ impl Operation<3> for RotaryAttention {
     }
 }
 
+/// The sizes of packed projections.
 #[derive(Clone, Copy, Debug)]
-struct Sizes {
+pub(super) struct Sizes {
     batch: usize,
     tokens: usize,
     heads: usize,
@@ -91,7 +93,7 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn new(qkv: &FlexTensor, heads: usize) -> Self {
+    pub(super) fn new(qkv: &FlexTensor, heads: usize) -> Self {
         let [batch, tokens, packed] = qkv.layout().shape().dims();
         assert!(
             heads > 0 && packed.is_multiple_of(3 * heads),
@@ -160,13 +162,15 @@ fn for_each_head(
     out
 }
 
-fn forward(qkv: &[f32], sizes: Sizes, rotation: Option<Rotation>) -> Vec<f32> {
+/// The heads' results side by side, `[B, N, D]`.
+pub(super) fn forward(qkv: &[f32], sizes: Sizes, rotation: Option<Rotation>) -> Vec<f32> {
     for_each_head(sizes, 1, |image, head, out, place, scratch| {
         Head::new(qkv, sizes, image, head, rotation).forward(out, place, scratch);
     })
 }
 
-fn backward(qkv: &[f32], grad: &[f32], sizes: Sizes, rotation: Option<Rotation>) -> Vec<f32> {
+/// The gradient of the projections, given that of the result.
+pub(super) fn backward(qkv: &[f32], grad: &[f32], sizes: Sizes, rotation: Option<Rotation>) -> Vec<f32> {
     let image_len = sizes.tokens * sizes.width();
     for_each_head(sizes, 3, |image, head, dqkv, place, scratch| {
         let grad = &grad[image * image_len..][..image_len];

@@ -157,7 +157,7 @@ fn correlate(x: &[f32], taps: &[f32], start: &[f32], grid: Grid) -> Vec<f32> {
     let row = grid.row().max(1);
     let block = (ELEMENT_BLOCK / row).max(1) * row;
     for_each_block(&mut out, block, &mut [], 0, |first, out, _| {
-        simd::vectorized(AllChannels(Correlate { x, taps, start, grid, first_row: first / row, out }));
+        simd::dispatch(AllChannels(Correlate { x, taps, start, grid, first_row: first / row, out }));
     });
     out
 }
@@ -226,7 +226,7 @@ fn tap_sums(x: &[f32], grad: &[f32], batch: usize, grid: Grid) -> Vec<f32> {
     for_each_block(&mut partial, len.max(1), &mut [], 0, |first, sums, _| {
         let first = first / len * images;
         let images = first * grid.image()..batch.min(first + images) * grid.image();
-        simd::vectorized(AllChannels(TapSums { x: &x[images.clone()], grad: &grad[images], grid, sums }));
+        simd::dispatch(AllChannels(TapSums { x: &x[images.clone()], grad: &grad[images], grid, sums }));
     });
     in_order(&partial, len)
 }

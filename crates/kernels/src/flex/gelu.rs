@@ -15,7 +15,7 @@ impl Operation<1> for Gelu {
             simd::vectorized(
                 #[inline(always)]
                 || {
-                    for x in block {
+                    for x in block.iter_mut() {
                         *x *= simd::normal_cdf(*x);
                     }
                 },

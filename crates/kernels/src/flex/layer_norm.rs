@@ -81,8 +81,9 @@ fn statistics(row: &[f32], eps: f32) -> (f32, f32) {
     (mean, 1.0 / (variance + eps).sqrt())
 }
 
+/// Normalises a row in its place.
 #[inline(always)]
-fn normalize(row: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
+pub(super) fn normalize(row: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
     let (mean, inv_std) = statistics(row, eps);
     for ((x, w), b) in row.iter_mut().zip(weight).zip(bias) {
         *x = ((*x - mean) * inv_std).mul_add(*w, *b);
@@ -91,7 +92,7 @@ fn normalize(row: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
 
 /// Replaces the gradient `g` of a row of the result by that of the row `x`, and adds to the sums.
 #[inline(always)]
-fn row_backward(x: &[f32], g: &mut [f32], weight: &[f32], dweight: &mut [f32], dbias: &mut [f32], eps: f32) {
+pub(super) fn row_backward(x: &[f32], g: &mut [f32], weight: &[f32], dweight: &mut [f32], dbias: &mut [f32], eps: f32) {
     let width = x.len();
     let (g, weight, dweight, dbias) = (&mut g[..width], &weight[..width], &mut dweight[..width], &mut dbias[..width]);
     let (mean, inv_std) = statistics(x, eps);

@@ -4,6 +4,7 @@
 
 use burn::backend::flex::FlexTensor;
 
+use super::branch::add_bias;
 use super::gemm::{Matrix, multiply};
 use super::operation::Operation;
 use super::{ROW_BLOCK, contiguous, dims2, elements, for_each_block, simd, sum_over_rows, tensor};
@@ -58,23 +59,11 @@ fn forward(x: FlexTensor, weight: FlexTensor, bias: Option<FlexTensor>) -> FlexT
     let mut y = multiply(Matrix::new(elements(&x), rows, inner), Matrix::new(elements(&weight), out, inner).t());
     if let Some(bias) = bias {
         let bias = contiguous(bias);
-        add_bias(&mut y, elements(&bias), out);
+        let bias = elements(&bias);
+        assert_eq!(bias.len(), out, "linear: bias [{}] and {out} outputs", bias.len());
+        for_each_block(&mut y, ROW_BLOCK * out.max(1), &mut [], 0, |_, rows, _| add_bias(rows, bias));
     }
     tensor(y, [rows, out])
-}
-
-fn add_bias(y: &mut [f32], bias: &[f32], out: usize) {
-    assert_eq!(bias.len(), out, "linear: bias [{}] and {out} outputs", bias.len());
-    for_each_block(y, ROW_BLOCK * out.max(1), &mut [], 0, |_, rows, _| {
-        simd::vectorized(
-            #[inline(always)]
-            || {
-                for row in rows.chunks_exact_mut(out) {
-                    simd::add_assign(row, bias);
-                }
-            },
-        );
-    });
 }
 
 fn backward(
@@ -106,7 +95,7 @@ pub(super) fn column_sums(g: &[f32], rows: usize, out: usize) -> Vec<f32> {
         simd::vectorized(
             #[inline(always)]
             || {
-                for row in block {
+                for row in block.clone() {
                     simd::add_assign(sum, &g[row * out..][..out]);
                 }
             },

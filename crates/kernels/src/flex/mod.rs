@@ -9,24 +9,34 @@
 //! * Loops that should use wide vectors run inside [`simd::vectorized`], which picks the instructions at run time.
 
 mod attention;
+mod attention_branch;
+mod branch;
 mod depthwise_conv;
+mod feed_forward;
 mod gelu;
 mod gemm;
 mod layer_norm;
 mod linear;
+mod memory;
 mod operation;
+mod prototypes;
 mod residual;
 mod simd;
 #[cfg(test)]
 mod testing;
+mod update;
 
 pub(crate) use attention::{Attention, RotaryAttention};
+pub(crate) use attention_branch::{AttentionBranch, RotaryAttentionBranch};
 pub(crate) use depthwise_conv::DepthwiseConv;
+pub(crate) use feed_forward::FeedForward;
 pub(crate) use gelu::Gelu;
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use linear::Linear;
 pub(crate) use operation::FlexKernels;
+pub(crate) use prototypes::FlexPrototypes;
 pub(crate) use residual::Residual;
+pub(crate) use update::FlexUpdates;
 
 use burn::backend::DispatchDevice;
 use burn::backend::flex::{FlexTensor, Layout};
@@ -49,6 +59,11 @@ pub(crate) fn supports(device: &Device, dtype: DType) -> bool {
         _ => false,
     };
     flex && dtype == DType::F32 && simd::available()
+}
+
+/// Whether plain tensors of this device and type, which no automatic differentiation follows, are computed here.
+pub(crate) fn supports_plain(device: &Device, dtype: DType) -> bool {
+    supports(device, dtype) && !device.is_autodiff()
 }
 
 /// The tensor with its elements in row-major order.
@@ -108,7 +123,15 @@ fn transform_with(
 
 /// [`transform_with`] no sums.
 fn transform(source: FlexTensor, block: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> FlexTensor {
-    transform_with(source, block, &mut [], 0, |start, values, _| f(start, values))
+    let mut source = contiguous(source);
+    let (from, to) = source.layout().contiguous_offsets().expect("a contiguous tensor");
+    if let Some(storage) = source.try_storage_mut::<f32>() {
+        for_each_block(&mut storage[from..to], block, &mut [], 0, |start, values, _| f(start, values));
+        return source;
+    }
+    let shape = source.layout().shape().clone();
+    let out = memory::copied(elements(&source), block, f);
+    FlexTensor::new(Bytes::from_elems(out), Layout::contiguous(shape), DType::F32)
 }
 
 /// A tensor of these elements.

@@ -29,7 +29,19 @@ pub(crate) trait Operation<const N: usize>: Clone + Debug + Send + 'static {
     ) -> [Option<FlexTensor>; N];
 }
 
-/// The backends that run an [`Operation`]: `flex`, with and without automatic differentiation.
+/// A differentiable function of `N` tensors that keeps what it likes for its backward pass.
+pub(crate) trait Branch<const N: usize>: Clone + Debug + Send + 'static {
+    /// What is kept.
+    type Kept: Clone + Debug + Send + 'static;
+
+    /// The value and, with `keep`, what [`backward`](Self::backward) reads.
+    fn forward(&self, inputs: [FlexTensor; N], keep: bool) -> (FlexTensor, Option<Self::Kept>);
+
+    /// The gradients of all inputs, given that of the result; an input that has no gradient may get anything.
+    fn backward(&self, kept: Self::Kept, grad: FlexTensor) -> [FlexTensor; N];
+}
+
+/// The backends that run an [`Operation`] or a [`Branch`]: `flex`, with and without automatic differentiation.
 #[backend_extension(Flex, Autodiff)]
 pub(crate) trait FlexKernels: Backend {
     /// Runs an operation of one tensor.
@@ -42,6 +54,37 @@ pub(crate) trait FlexKernels: Backend {
         b: FloatTensor<Self>,
         c: FloatTensor<Self>,
         operation: O,
+    ) -> FloatTensor<Self>;
+    /// Runs a branch of eight tensors.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "backends are chosen by arguments that are tensors, not arrays of them"
+    )]
+    fn octonary<O: Branch<8>>(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        e: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+        g: FloatTensor<Self>,
+        h: FloatTensor<Self>,
+        branch: O,
+    ) -> FloatTensor<Self>;
+    /// Runs a branch of ten tensors.
+    #[allow(clippy::too_many_arguments, reason = "as above")]
+    fn denary<O: Branch<10>>(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        e: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+        g: FloatTensor<Self>,
+        h: FloatTensor<Self>,
+        i: FloatTensor<Self>,
+        j: FloatTensor<Self>,
+        branch: O,
     ) -> FloatTensor<Self>;
 }
 
@@ -56,6 +99,36 @@ impl FlexKernels for Flex {
 
     fn ternary<O: Operation<3>>(a: FlexTensor, b: FlexTensor, c: FlexTensor, operation: O) -> FlexTensor {
         operation.forward([a, b, c])
+    }
+
+    fn octonary<O: Branch<8>>(
+        a: FlexTensor,
+        b: FlexTensor,
+        c: FlexTensor,
+        d: FlexTensor,
+        e: FlexTensor,
+        f: FlexTensor,
+        g: FlexTensor,
+        h: FlexTensor,
+        branch: O,
+    ) -> FlexTensor {
+        branch.forward([a, b, c, d, e, f, g, h], false).0
+    }
+
+    fn denary<O: Branch<10>>(
+        a: FlexTensor,
+        b: FlexTensor,
+        c: FlexTensor,
+        d: FlexTensor,
+        e: FlexTensor,
+        f: FlexTensor,
+        g: FlexTensor,
+        h: FlexTensor,
+        i: FlexTensor,
+        j: FlexTensor,
+        branch: O,
+    ) -> FlexTensor {
+        branch.forward([a, b, c, d, e, f, g, h, i, j], false).0
     }
 }
 
@@ -72,6 +145,36 @@ impl<C: CheckpointStrategy> FlexKernels for Autodiff<Flex, C> {
 
     fn ternary<O: Operation<3>>(a: Tracked<C>, b: Tracked<C>, c: Tracked<C>, operation: O) -> Tracked<C> {
         record::<O, C, 3>(operation, [a, b, c])
+    }
+
+    fn octonary<O: Branch<8>>(
+        a: Tracked<C>,
+        b: Tracked<C>,
+        c: Tracked<C>,
+        d: Tracked<C>,
+        e: Tracked<C>,
+        f: Tracked<C>,
+        g: Tracked<C>,
+        h: Tracked<C>,
+        branch: O,
+    ) -> Tracked<C> {
+        record_branch::<O, C, 8>(branch, [a, b, c, d, e, f, g, h])
+    }
+
+    fn denary<O: Branch<10>>(
+        a: Tracked<C>,
+        b: Tracked<C>,
+        c: Tracked<C>,
+        d: Tracked<C>,
+        e: Tracked<C>,
+        f: Tracked<C>,
+        g: Tracked<C>,
+        h: Tracked<C>,
+        i: Tracked<C>,
+        j: Tracked<C>,
+        branch: O,
+    ) -> Tracked<C> {
+        record_branch::<O, C, 10>(branch, [a, b, c, d, e, f, g, h, i, j])
     }
 }
 
@@ -105,6 +208,42 @@ impl<O: Operation<N>, const N: usize> Backward<Flex, N> for Step<O> {
         let gradients = operation.backward(inputs, grad, tracked);
         for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
             if let (Some(parent), Some(gradient)) = (parent, gradient) {
+                grads.register::<Flex>(parent.id, gradient);
+            }
+        }
+    }
+}
+
+/// Computes the value of a branch, and remembers it if one of its inputs is tracked.
+fn record_branch<O: Branch<N>, C: CheckpointStrategy, const N: usize>(
+    branch: O,
+    inputs: [Tracked<C>; N],
+) -> Tracked<C> {
+    let nodes = inputs.each_ref().map(|input| input.node());
+    let prepared = BranchStep::<O>(PhantomData).prepare::<C>(nodes).compute_bound().stateful();
+    let inputs = inputs.map(|input| input.into_primitive());
+    match prepared {
+        OpsKind::Tracked(prep) => {
+            let (value, kept) = branch.forward(inputs, true);
+            prep.finish((branch, kept.expect("a branch keeps what it is asked to keep")), value)
+        }
+        OpsKind::UnTracked(prep) => prep.finish(branch.forward(inputs, false).0),
+    }
+}
+
+/// The backward step of a branch.
+#[derive(Debug)]
+struct BranchStep<O>(PhantomData<O>);
+
+impl<O: Branch<N>, const N: usize> Backward<Flex, N> for BranchStep<O> {
+    type State = (O, O::Kept);
+
+    fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<Flex>(&ops.node);
+        let (branch, kept) = ops.state;
+        let gradients = branch.backward(kept, grad);
+        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
+            if let Some(parent) = parent {
                 grads.register::<Flex>(parent.id, gradient);
             }
         }

@@ -55,7 +55,7 @@ impl Operation<3> for Residual {
             simd::vectorized(
                 #[inline(always)]
                 || {
-                    for (row, other) in block.chunks_exact_mut(width).zip(others) {
+                    for (row, other) in block.chunks_exact_mut(width).zip(others.clone()) {
                         for ((a, &b), &gamma) in row.iter_mut().zip(other).zip(gamma) {
                             *a = if into_branch { a.mul_add(gamma, b) } else { b.mul_add(gamma, *a) };
                         }

@@ -4,7 +4,7 @@
 //! `inline(always)`: the instructions that a function may use are those of the function it is inlined into, and
 //! [`vectorized`] is where that is decided.
 
-use pulp::{Arch, WithSimd};
+use pulp::{Arch, Simd, WithSimd};
 
 /// Independent partial sums of a reduction: two registers of the widest vectors. Floating-point sums are not reordered by
 /// the compiler, so a loop with one sum would run one element at a time.
@@ -16,12 +16,28 @@ pub(super) fn available() -> bool {
     !matches!(Arch::new(), Arch::Scalar)
 }
 
-/// Runs a closure, or what is written in pulp's vector types, compiled for the best instructions of this processor.
+/// Runs a closure compiled for the best instructions of this processor.
 ///
-/// A closure has to be marked `#[inline(always)]`, and everything inside it that does work has to be inlined too: loops
+/// The closure has to be marked `#[inline(always)]`, and everything inside it that does work has to be inlined too: loops
 /// and `inline(always)` functions, not `for_each` with closures, which would be compiled apart and without the instructions.
+/// It is an `FnMut`, because as an `FnOnce` it would be called through a shim of the compiler's, which is compiled apart.
 #[inline(always)]
-pub(super) fn vectorized<F: WithSimd>(f: F) -> F::Output {
+pub(super) fn vectorized<R>(f: impl FnMut() -> R) -> R {
+    struct Closure<F>(F);
+    impl<R, F: FnMut() -> R> WithSimd for Closure<F> {
+        type Output = R;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(mut self, _: S) -> R {
+            (self.0)()
+        }
+    }
+    dispatch(Closure(f))
+}
+
+/// Runs what is written in pulp's vector types.
+#[inline(always)]
+pub(super) fn dispatch<F: WithSimd>(f: F) -> F::Output {
     Arch::new().dispatch(f)
 }
 
@@ -164,6 +180,15 @@ pub(super) fn max(x: &[f32]) -> f32 {
 pub(super) fn exp_and_sum(x: &mut [f32], shift: f32) -> f32 {
     for v in x.iter_mut() {
         *v = exp(*v - shift);
+    }
+    sum(x)
+}
+
+/// Replaces each `xᵢ` by `e^((xᵢ − shift)·scale)` and returns their sum.
+#[inline(always)]
+pub(super) fn scaled_exp_and_sum(x: &mut [f32], shift: f32, scale: f32) -> f32 {
+    for v in x.iter_mut() {
+        *v = exp((*v - shift) * scale);
     }
     sum(x)
 }

@@ -63,7 +63,7 @@ impl<'a> Head<'a> {
         simd::vectorized(
             #[inline(always)]
             || {
-                for (row, inverse) in probabilities.chunks_exact_mut(tokens).zip(inverse_sums) {
+                for (row, inverse) in probabilities.chunks_exact_mut(tokens).zip(inverse_sums.iter_mut()) {
                     *inverse = 1.0 / simd::exp_and_sum(row, simd::max(row));
                 }
             },
@@ -150,13 +150,13 @@ impl<'a> Head<'a> {
 
 /// The tables of a rotary embedding.
 #[derive(Clone, Copy)]
-pub(super) struct Rotation<'a> {
+pub(in super::super) struct Rotation<'a> {
     cos: &'a [f32],
     sin: &'a [f32],
 }
 
 impl<'a> Rotation<'a> {
-    pub(super) fn new(cos: &'a FlexTensor, sin: &'a FlexTensor, sizes: Sizes) -> Self {
+    pub(in super::super) fn new(cos: &'a FlexTensor, sin: &'a FlexTensor, sizes: Sizes) -> Self {
         let wanted = [sizes.tokens, sizes.head_dim];
         let (cos_dims, sin_dims) = (dims2(cos), dims2(sin));
         assert!(
