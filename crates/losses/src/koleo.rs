@@ -49,14 +49,19 @@ pub fn koleo_in_groups(features: Tensor<2>, nearest: usize, group: usize) -> Los
     Loss::from_graph((distances + EPS).log().mean().neg())
 }
 
-/// The sum of [`koleo`] over the crops of a batch.
+/// The sum of [`koleo_in_groups`] over the crops of a batch; a `group` of 0 is the whole batch.
 ///
 /// # Shapes
 /// `features [crops·B, D]`, crops outermost.
-pub fn koleo_per_crop(features: Tensor<2>, crops: usize) -> Loss {
+///
+/// # Panics
+/// As [`koleo_in_groups`].
+pub fn koleo_per_crop(features: Tensor<2>, crops: usize, nearest: usize, group: usize) -> Loss {
     let batch = features.dims()[0] / crops;
+    let group = if group == 0 { batch } else { group };
+    let of = |c: usize| features.clone().slice(s![c * batch..(c + 1) * batch, ..]);
     let graph = (0..crops)
-        .map(|c| koleo(features.clone().slice(s![c * batch..(c + 1) * batch, ..])).graph)
+        .map(|c| koleo_in_groups(of(c), nearest, group).graph)
         .reduce(|sum, one| sum + one)
         .expect("at least one crop");
     Loss::from_graph(graph)

@@ -42,6 +42,10 @@ pub struct LossConfig {
     pub ibot_weight: f64,
     /// Weight of KoLeo, summed over the two global crops; needs at least two images in a batch.
     pub koleo_weight: f64,
+    /// Neighbours of each image in KoLeo.
+    pub koleo_neighbours: usize,
+    /// Images among which KoLeo looks for them, consecutive ones of the batch; 0: all of it.
+    pub koleo_group: usize,
     /// Temperature of the student.
     pub student_temp: f64,
     /// Centering of the targets.
@@ -167,6 +171,8 @@ impl Default for LossConfig {
             ignore_diagonal: true,
             ibot_weight: 1.0,
             koleo_weight: 0.1,
+            koleo_neighbours: 1,
+            koleo_group: 0,
             student_temp: 0.1,
             centering: Centering::Sinkhorn,
             sinkhorn_iterations: 3,

@@ -399,6 +399,16 @@ impl Recipe {
                 loss.koleo_weight
             ));
         }
+        let group = if loss.koleo_group == 0 { batch } else { loss.koleo_group };
+        let fits = batch.is_multiple_of(group) && (1..group).contains(&loss.koleo_neighbours);
+        if loss.koleo_weight > 0.0 && !fits {
+            return invalid(format!(
+                "`loss.koleo_neighbours` is {}, `loss.koleo_group` {} and `train.batch_size` {batch}: groups divide the batch, \
+                 and have more images than each has neighbours\n\nhint: set `loss.koleo_group = 0` and \
+                 `loss.koleo_neighbours = 1`",
+                loss.koleo_neighbours, loss.koleo_group
+            ));
+        }
         let masked = match self.mask.style {
             MaskStyle::PerImage => self.mask.probability,
             MaskStyle::Exact | MaskStyle::AtMost => (2.0 * batch as f64 * self.mask.probability).floor(),

@@ -91,7 +91,7 @@ pub(crate) fn student_losses(
     }
     if config.koleo_weight > 0.0 {
         match by.spread {
-            None => terms.koleo = Some(koleo::koleo_per_crop(global.cls, 2)),
+            None => terms.koleo = Some(koleo_per_crop(global.cls, 2, config)),
             Some(gradient) => terms.koleo_graph = Some((global.cls * tracked(gradient.clone())).sum()),
         }
     }
@@ -147,6 +147,10 @@ fn student_global(
     student.features(tracked(part.global.clone()), mask, CropGroup::Global, Some(draws))
 }
 
+fn koleo_per_crop(cls: Tensor<2>, crops: usize, config: &LossConfig) -> Loss {
+    koleo::koleo_per_crop(cls, crops, config.koleo_neighbours, config.koleo_group)
+}
+
 /// KoLeo over a batch in several micro-batches.
 pub(crate) struct Spread {
     /// A mean over the two global crops.
@@ -178,7 +182,7 @@ pub(crate) fn koleo_of_parts(
     let cls = Tensor::cat(cls, 1);
     let [crops, batch, dim] = cls.dims();
     let cls = Tensor::<2>::from_inner(cls.reshape([crops * batch, dim])).require_grad();
-    let loss = koleo::koleo_per_crop(cls.clone(), crops);
+    let loss = koleo_per_crop(cls.clone(), crops, config);
     let gradient = cls.grad(&loss.graph.backward()).expect("KoLeo depends on every CLS token");
     let gradient = gradient.reshape([crops, batch, dim]);
     let mut first = 0;

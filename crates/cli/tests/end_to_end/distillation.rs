@@ -211,7 +211,9 @@ fn a_run_goes_on_from_given_weights() {
 fn teachers_and_weights_that_do_not_fit_are_refused() {
     let place = place_with_teacher();
     let other = ["--set", "dino_head.prototypes=8"];
-    let cases: [(&[&str], &[&str]); 12] = [
+    let cases: [(&[&str], &[&str]); 14] = [
+        (&["--set", "loss.koleo_group=3"], &["`loss.koleo_group` 3 and `train.batch_size` 4", "hint: "]),
+        (&["--set", "loss.koleo_neighbours=4"], &["`loss.koleo_neighbours` is 4"]),
         (&["--set", "distillation.teacher='nowhere'"], &["`distillation.teacher`: nowhere: there is no such"]),
         (
             &["--set", "distillation.teacher='large/teacher.safetensors'"],
@@ -271,5 +273,5 @@ fn teachers_and_weights_that_do_not_fit_are_refused() {
         place.train("run", args).failed(2, parts);
         assert!(!place.path("run").exists(), "{args:?}");
     }
-    assert_eq!(cases.len(), 12);
+    assert_eq!(cases.len(), 14);
 }

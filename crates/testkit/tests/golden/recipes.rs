@@ -120,6 +120,9 @@ fn configured(cfg: &Value) -> (LossConfig, OptimConfig) {
         ignore_diagonal: dino["global_ignore_diagonal"].as_bool().unwrap_or(true),
         ibot_weight: number(ibot, "loss_weight"),
         koleo_weight: number(dino, "koleo_loss_weight"),
+        // DINOv2 has neither.
+        koleo_neighbours: dino["koleo_topk"].as_u64().unwrap_or(1) as usize,
+        koleo_group: dino["koleo_distributed_loss_group_size"].as_u64().unwrap_or(0) as usize,
         gram: gram(&cfg["gram"]),
         centering,
         patch_center: CenterOver::Masked,
