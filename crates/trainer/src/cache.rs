@@ -15,12 +15,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use dinoxide_augmentation::{AugmentationConfig, Masks, MultiCrop};
+use dinoxide_augmentation::{AugmentationConfig, Masks};
 use dinoxide_config::Resolved;
-use dinoxide_data::{DataError, Loader, SampleReader, Source};
+use dinoxide_data::Source;
 use dinoxide_model::Architecture;
 use dinoxide_model::weights::{host, write_atomically};
-use dinoxide_random::{Purpose, epoch_view, stream};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -30,6 +29,7 @@ use crate::batch::{Batch, TeacherTokens};
 use crate::error::TrainError;
 use crate::pretrained::{Pretrained, misfit};
 use crate::recipe::Recipe;
+use crate::samples::samples;
 use crate::targets::FrozenTeacher;
 
 /// Positions in one file.
@@ -162,14 +162,13 @@ pub fn write(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Written, TrainError> {
     let config = &recipe.value;
-    if !config.is_distilled() {
-        return Err(TrainError::Recipe("`distillation.teacher` is empty: there is nothing to write a cache of".into()));
-    }
     let source = config.data.open()?;
-    let teacher = Pretrained::open("distillation.teacher", &config.distillation.teacher, device)?;
+    let Some(teacher) = Pretrained::teacher(config, device)? else {
+        return Err(TrainError::Recipe("`distillation.teacher` is empty: there is nothing to write a cache of".into()));
+    };
     let manifest = Manifest::of(config, source.len(), &teacher)?;
     let size = config.augmentation.global_crop_size;
-    manifest.architecture.grid(size, size).map_err(|e| misfit("distillation.teacher", e.to_string()))?;
+    manifest.architecture.grid(size, size).map_err(|e| misfit(Pretrained::TEACHER, e.to_string()))?;
     if directory.join("manifest.json").exists() {
         manifest.check(directory)?;
     } else {
@@ -181,12 +180,7 @@ pub fn write(
     let shards = manifest.positions.div_ceil(SHARD);
     let of = |shard: u64| shard * SHARD..((shard + 1) * SHARD).min(manifest.positions);
     let mut written = Written { interrupted: false, positions: 0, bytes: 0 };
-    let frozen = FrozenTeacher {
-        architecture: manifest.architecture.clone(),
-        backbone: Some(teacher.backbone.clone()),
-        dino_head: None,
-        ibot_head: None,
-    };
+    let frozen = teacher.frozen(true);
     for shard in 0..shards {
         let path = shard_path(directory, shard);
         let positions = of(shard);
@@ -214,30 +208,20 @@ fn tokens_of(
     teacher: &FrozenTeacher,
     device: &Device,
 ) -> Result<Vec<u8>, TrainError> {
-    let seed = config.train.seed;
-    let reader = SampleReader::new(source.clone(), seed);
-    let without_locals = AugmentationConfig { local_crops: 0, gram_crop_size: 0, ..config.augmentation.clone() };
-    let crops = MultiCrop::new(&without_locals).map_err(|e| TrainError::Recipe(e.to_string()))?;
-    let work = move |position: u64| {
-        let drawn = reader.draw(position)?;
-        let (index, epoch) = (drawn.index as u64, drawn.epoch);
-        let crops =
-            crops.crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
-        Ok::<_, DataError>((String::new(), crops))
-    };
-    let mut loader = Loader::new(config.efficiency.loader_threads, SHARD as usize, positions.start, work)?;
-    let samples = positions.end - positions.start;
+    let augmentation = AugmentationConfig { local_crops: 0, gram_crop_size: 0, ..config.augmentation.clone() };
+    let mut loader = samples(config, augmentation, source, positions.start, SHARD as usize)?;
     let (mut cls, mut patches) = (Vec::new(), Vec::new());
     let mut counts = (0, 0);
-    let mut left = samples as usize;
+    let samples = (positions.end - positions.start) as usize;
+    let mut left = samples;
     while left > 0 {
         let count = left.min(config.train.batch_size);
-        let mut samples = Vec::with_capacity(count);
+        let mut cropped = Vec::with_capacity(count);
         for _ in 0..count {
-            samples.push(loader.next()??);
+            cropped.push(loader.next()??.cropped);
         }
         let masks = Masks { crops: 0, patches: 0, mask: Vec::new(), indices: Vec::new(), weights: Vec::new() };
-        let batch = Batch::new(&samples, masks, config.augmentation.mean, config.augmentation.std, device);
+        let batch = Batch::new(&cropped, masks, config.augmentation.mean, config.augmentation.std, device);
         let tokens = teacher.tokens(&batch, 1);
         let [_, _, tokens_count, dim] = tokens.patches.dims();
         counts = (tokens_count, dim);
@@ -246,7 +230,7 @@ fn tokens_of(
         patches.extend(halves(tokens.patches.swap_dims(0, 1).reshape([-1])));
         left -= count;
     }
-    let (samples, (tokens_count, dim)) = (samples as usize, counts);
+    let (tokens_count, dim) = counts;
     let bytes = |values: &[f16]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
     let (cls, patches) = (bytes(&cls), bytes(&patches));
     let view = |shape: Vec<usize>, bytes| TensorView::new(Dtype::F16, shape, bytes).expect("sizes agree");
@@ -282,13 +266,15 @@ impl Cache {
     ///
     /// # Errors
     /// A cache of something else.
-    pub(crate) fn open(config: &Recipe, samples: usize, device: &Device) -> Result<Option<Self>, TrainError> {
-        if config.distillation.cache.is_empty() {
-            return Ok(None);
-        }
+    pub(crate) fn open(
+        config: &Recipe,
+        samples: usize,
+        teacher: Option<&Pretrained>,
+        device: &Device,
+    ) -> Result<Option<Self>, TrainError> {
+        let Some(teacher) = teacher.filter(|_| !config.distillation.cache.is_empty()) else { return Ok(None) };
         let directory = PathBuf::from(&config.distillation.cache);
-        let teacher = Pretrained::open("distillation.teacher", &config.distillation.teacher, device)?;
-        Manifest::of(config, samples, &teacher)?.check(&directory)?;
+        Manifest::of(config, samples, teacher)?.check(&directory)?;
         Ok(Some(Self { directory, device: device.clone(), shard: None }))
     }
 

@@ -16,6 +16,7 @@ pub mod optimizer;
 pub mod pretrained;
 pub mod recipe;
 pub mod run;
+mod samples;
 pub mod schedule;
 pub mod stages;
 mod start;

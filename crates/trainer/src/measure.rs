@@ -9,8 +9,10 @@ use rand::Rng;
 
 use crate::batch::Batch;
 use crate::error::TrainError;
+use crate::pretrained::Pretrained;
 use crate::recipe::Recipe;
-use crate::run::{peak_bytes, step_draws};
+use crate::run::peak_bytes;
+use crate::samples::step_draws;
 use crate::start::{Initial, initial};
 use crate::step::{Timings, train_step};
 
@@ -41,11 +43,15 @@ pub fn measure(
     steps: usize,
     watch: &mut dyn FnMut(f64),
 ) -> Result<Measured, TrainError> {
-    let (seed, batch_size) = (recipe.train.seed, recipe.train.batch_size);
+    let mut recipe = recipe.clone();
+    // No cache has what a teacher says of noise.
+    recipe.distillation.cache.clear();
+    let (recipe, seed, batch_size) = (&recipe, recipe.train.seed, recipe.train.batch_size);
     // A run directory without checkpoints to go on from.
     let directory = tempfile::tempdir().map_err(TrainError::io(&std::env::temp_dir()))?;
-    let Initial { mut state, plan, .. } = initial(recipe, recipe.plan(SAMPLES)?, directory.path(), device)?;
-    state.student.backbone = state.student.backbone.recomputing(recipe.efficiency.recompute);
+    let teacher = Pretrained::teacher(recipe, device)?;
+    let plan = recipe.plan(SAMPLES)?;
+    let Initial { mut state, plan, .. } = initial(recipe, plan, teacher.as_ref(), directory.path(), device)?;
     let shapes = dinoxide_model::parameters::shapes(&state.teacher);
     let parameters = shapes.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     // Of several crop sizes the first.

@@ -15,6 +15,7 @@ use crate::checkpoint;
 use crate::error::TrainError;
 use crate::network::Network;
 use crate::recipe::Recipe;
+use crate::targets::FrozenTeacher;
 
 /// What a run takes over from [`InitConfig::from`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +74,25 @@ pub(crate) fn is_run(path: &Path) -> bool {
 }
 
 impl Pretrained {
+    /// The recipe's key that names a frozen teacher.
+    pub(crate) const TEACHER: &'static str = "distillation.teacher";
+
+    /// The recipe's frozen teacher, if it has one.
+    pub(crate) fn teacher(config: &Recipe, device: &Device) -> Result<Option<Self>, TrainError> {
+        let open = || Self::open(Self::TEACHER, &config.distillation.teacher, device);
+        config.is_distilled().then(open).transpose()
+    }
+
+    /// It as a frozen teacher, with its backbone or without.
+    pub(crate) fn frozen(&self, with_backbone: bool) -> FrozenTeacher {
+        FrozenTeacher {
+            architecture: self.backbone.architecture(),
+            backbone: with_backbone.then(|| self.backbone.clone()),
+            dino_head: self.dino_head.clone(),
+            ibot_head: self.ibot_head.clone(),
+        }
+    }
+
     /// Reads weights of any supported format, or the teacher of a run's newest whole checkpoint. `key` is the recipe's key
     /// that names them.
     ///

@@ -15,13 +15,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::tensor::Device;
-use dinoxide_augmentation::{AugmentationConfig, Crops, MultiCrop, batch_masks};
 use dinoxide_config::{Resolved, difference};
-use dinoxide_data::{DataError, Drawn, Loader, Rejected, SampleReader, Source};
+use dinoxide_data::{Drawn, Rejected, Source};
 use dinoxide_evaluation::EvaluationError;
-use dinoxide_model::Architecture;
 use dinoxide_model::weights::{Description, Provenance, Score, backbone_file, write_atomically};
-use dinoxide_random::{Purpose, epoch_view, stream};
 
 use crate::batch::Batch;
 use crate::cache::Cache;
@@ -29,10 +26,12 @@ use crate::checkpoint::{self, Progress};
 use crate::error::TrainError;
 use crate::metrics::{Line, MetricsFile, ScheduleLine};
 use crate::monitor::{Finding, Monitor};
+use crate::pretrained::Pretrained;
 use crate::recipe::{Plan, Recipe};
+use crate::samples::{Batches, step_draws};
 use crate::stages::Planned;
 use crate::start::{Initial, initial};
-use crate::step::{StepDraws, StepReport, TrainState, train_step};
+use crate::step::{StepReport, TrainState, train_step};
 
 /// What made a run, in its log and its weight files.
 pub const SOFTWARE: &str = concat!("dinoxide ", env!("CARGO_PKG_VERSION"));
@@ -126,13 +125,6 @@ pub struct Outcome {
     pub peak_memory_bytes: u64,
 }
 
-/// One sample of a batch, as a loader thread delivers it.
-struct Sample {
-    drawn: Drawn,
-    id: String,
-    crops: Crops,
-}
-
 /// Trains the recipe in `directory`, from the newest whole checkpoint there if there is one.
 ///
 /// `stop` ends the run after the step at hand, with a checkpoint.
@@ -178,23 +170,22 @@ fn train_together(
     watch: &mut dyn FnMut(usize, Event<'_>),
 ) -> Result<Vec<Outcome>, TrainError> {
     let source = shared.data.open()?;
+    // One teacher in memory, however many learn from it.
+    let teacher = Pretrained::teacher(shared, device)?;
     let mut prepared = Vec::new();
     for (config, _, directory) in runs {
         let plan = config.plan(source.len())?;
         let monitor = Monitor::new(config, &source, &config.data.decode)?;
-        prepared.push((initial(config, plan, directory, device)?, monitor));
+        prepared.push((initial(config, plan, teacher.as_ref(), directory, device)?, monitor));
     }
-    let cache = Cache::open(shared, source.len(), device)?;
+    let cache = Cache::open(shared, source.len(), teacher.as_ref(), device)?;
+    // With a cache, nothing needs its backbone any more.
+    drop(teacher);
     let (mut locks, mut started) = (Vec::new(), Vec::<Run<'_>>::new());
     for (i, ((config, recipe, directory), (initial, monitor))) in runs.iter().zip(prepared).enumerate() {
         locks.push(prepare_directory(recipe, directory)?);
         let watch = &mut |event: Event<'_>| watch(i, event);
-        let mut run = Run::start(config, initial, source.clone(), monitor, directory, device, watch)?;
-        if let Some(first) = started.first() {
-            // One teacher in memory, which all of them have named.
-            run.state.frozen = first.state.frozen.clone();
-        }
-        started.push(run);
+        started.push(Run::start(config, initial, source.clone(), monitor, directory, device, watch)?);
     }
     go(shared, &source, cache, &mut started, stop, watch)
 }
@@ -214,10 +205,10 @@ fn go(
     let mut step = runs.iter().map(|run| run.state.step).min().expect("at least one run");
     let steps = runs[0].plan.steps;
     let locals = runs.iter().map(|run| run.local_crops()).max().expect("at least one run");
-    let mut loader = loader(shared, locals, source, step)?;
+    let mut batches = Batches::new(shared, locals, source, step)?;
     runs.iter_mut().for_each(|run| run.clock.window_start = Instant::now());
     while step < steps && !stop.load(Ordering::Relaxed) {
-        let (mut batch, drawn) = next_batch(shared, &runs[0].plan.backbone, step, &mut loader, runs[0].device)?;
+        let (mut batch, drawn) = batches.next(&runs[0].plan.backbone, runs[0].device)?;
         for (i, run) in runs.iter_mut().enumerate().filter(|(_, run)| run.state.step == step) {
             run.record(&drawn, &mut |event| watch(i, event))?;
         }
@@ -227,7 +218,7 @@ fn go(
         } else if let Some(frozen) = runs[0].state.frozen.as_ref().filter(|_| runs.len() > 1) {
             batch.tokens = Some(frozen.tokens(&batch, shared.efficiency.micro_batches));
         }
-        let waited = loader.waited().as_secs_f64();
+        let waited = batches.waited().as_secs_f64();
         for i in 0..runs.len() {
             if runs[i].state.step == step {
                 timed(runs, i, |run| run.take(&batch, waited, &mut |event| watch(i, event)))?;
@@ -235,7 +226,7 @@ fn go(
         }
         step += 1;
     }
-    drop(loader);
+    drop(batches);
     (0..runs.len()).map(|i| timed(runs, i, |run| run.finish(&mut |event| watch(i, event)))).collect()
 }
 
@@ -246,53 +237,6 @@ fn timed<T>(runs: &mut [Run<'_>], i: usize, act: impl FnOnce(&mut Run<'_>) -> T)
     let seconds = since.elapsed().as_secs_f64();
     runs.iter_mut().enumerate().filter(|(other, _)| *other != i).for_each(|(_, run)| run.clock.elsewhere += seconds);
     result
-}
-
-/// Workers that read and augment the samples of step `step` and later ones, with so many local crops.
-fn loader(
-    config: &Recipe,
-    locals: usize,
-    source: &Arc<dyn Source>,
-    step: u64,
-) -> Result<Loader<Result<Sample, DataError>>, TrainError> {
-    let seed = config.train.seed;
-    let reader = SampleReader::new(source.clone(), seed);
-    let augmentation = AugmentationConfig { local_crops: locals, ..config.augmentation.clone() };
-    let choices: Result<Vec<_>, _> = augmentation.choices().iter().map(MultiCrop::new).collect();
-    let choices = choices.map_err(|e| TrainError::Recipe(e.to_string()))?;
-    let batch = config.train.batch_size;
-    let work = move |position: u64| {
-        let drawn = reader.draw(position)?;
-        let (index, epoch) = (drawn.index as u64, drawn.epoch);
-        let choice = crop_sizes(&augmentation, seed, position / batch as u64);
-        let crops = choices[choice]
-            .crops(&drawn.image, |view| stream(seed, Purpose::Crop, index, epoch_view(epoch, view as u64)));
-        Ok(Sample { id: reader.source().id(drawn.index), drawn, crops })
-    };
-    let window = batch * config.efficiency.prefetch;
-    Ok(Loader::new(config.efficiency.loader_threads, window, step * batch as u64, work)?)
-}
-
-/// The batch of a step, and where its samples are from.
-fn next_batch(
-    config: &Recipe,
-    backbone: &Architecture,
-    step: u64,
-    loader: &mut Loader<Result<Sample, DataError>>,
-    device: &Device,
-) -> Result<(Batch, Vec<Drawn>), TrainError> {
-    let (mut samples, mut all_drawn) = (Vec::new(), Vec::new());
-    for _ in 0..config.train.batch_size {
-        let Sample { drawn, id, crops } = loader.next()??;
-        samples.push((id, crops));
-        all_drawn.push(drawn);
-    }
-    let size = samples[0].1.global[0].width() as usize;
-    let grid = backbone.grid(size, size).expect("the plan has checked the size of the crops");
-    let mut rng = stream(config.train.seed, Purpose::Mask, step, 0);
-    let masks = batch_masks(2 * samples.len(), grid, &config.mask, &mut rng);
-    let (mean, std) = (config.augmentation.mean, config.augmentation.std);
-    Ok((Batch::new(&samples, masks, mean, std, device), all_drawn))
 }
 
 /// Creates the run directory, or checks that it is of the same configuration.
@@ -380,26 +324,6 @@ pub(crate) fn peak_bytes() -> u64 {
     peak.map_or_else(resident_bytes, |kibibytes: u64| 1024 * kibibytes)
 }
 
-/// The draws of a step's forwards, made for the sizes of its micro-batches.
-pub(crate) fn step_draws(recipe: &Recipe, backbone: &Architecture, step: u64) -> StepDraws {
-    let (batch, parts) = (recipe.train.batch_size, recipe.efficiency.micro_batches);
-    let locals = recipe.augmentation.local_crops;
-    (0..parts)
-        .map(|part| {
-            let samples = (part + 1) * batch / parts - part * batch / parts;
-            [(0, 2), (1, locals)].map(|(group, crops)| {
-                let mut rng = stream(recipe.train.seed, Purpose::Forward, step, 2 * part as u64 + group);
-                backbone.draw(crops * samples, &mut rng)
-            })
-        })
-        .collect()
-}
-
-/// Which of the recipe's crop sizes a step has.
-fn crop_sizes(augmentation: &AugmentationConfig, seed: u64, step: u64) -> usize {
-    augmentation.choose(&mut stream(seed, Purpose::CropSizes, step, 0))
-}
-
 impl<'a> Run<'a> {
     fn start(
         config: &'a Recipe,
@@ -429,7 +353,6 @@ impl<'a> Run<'a> {
             damaged = loaded.damaged;
             saved = Some(progress.step);
         }
-        state.student.backbone = state.student.backbone.recomputing(config.efficiency.recompute);
         // The evaluations before the first step and after the last belong to no checkpoint: they are made again.
         let evaluates_again = progress.step == 0 || progress.step == plan.steps;
         let metrics = MetricsFile::open(&directory.join("metrics.jsonl"), progress.step, evaluates_again)?;

@@ -28,6 +28,7 @@ pub(crate) struct Initial {
 pub(crate) fn initial(
     config: &Recipe,
     mut plan: Plan,
+    teacher: Option<&Pretrained>,
     directory: &Path,
     device: &Device,
 ) -> Result<Initial, TrainError> {
@@ -43,7 +44,7 @@ pub(crate) fn initial(
     let mut rng = stream(config.train.seed, Purpose::Init, 0, 0);
     let tracked = device.clone().autodiff();
     let mut student = Network::new(&plan.backbone, &config.dino_head, config.patch_head(), &tracked, &mut rng);
-    let frozen = frozen_teacher(config, &plan, device, &mut notes)?;
+    let frozen = teacher.map(|teacher| frozen_teacher(config, &plan, teacher, &mut notes)).transpose()?;
     if let Some(frozen) = frozen.as_ref().filter(|_| config.loss.features.projects()) {
         let (from, to) = (plan.backbone.embed_dim(), frozen.architecture.embed_dim());
         student.projector = Some(Projector::new(from, to, &tracked, &mut rng));
@@ -54,6 +55,7 @@ pub(crate) fn initial(
         notes.push(format!("student and teacher start from {}", init.from));
         notes.extend(kept);
     }
+    student.backbone = student.backbone.recomputing(config.efficiency.recompute);
     let mut state = TrainState::of(student, &config.optim, &config.loss, device);
     state.frozen = frozen;
     let gram = &config.loss.gram;
@@ -93,14 +95,10 @@ pub(crate) fn initial(
 fn frozen_teacher(
     config: &Recipe,
     plan: &Plan,
-    device: &Device,
+    teacher: &Pretrained,
     notes: &mut Vec<String>,
-) -> Result<Option<FrozenTeacher>, TrainError> {
-    if !config.is_distilled() {
-        return Ok(None);
-    }
-    const KEY: &str = "distillation.teacher";
-    let teacher = Pretrained::open(KEY, &config.distillation.teacher, device)?;
+) -> Result<FrozenTeacher, TrainError> {
+    const KEY: &str = Pretrained::TEACHER;
     let (loss, from) = (&config.loss, &teacher.from);
     for choice in config.augmentation.choices() {
         let size = choice.global_crop_size;
@@ -153,9 +151,6 @@ fn frozen_teacher(
             ));
         }
     }
-    notes.extend(teacher.notes);
-    let Pretrained { backbone, dino_head, ibot_head, .. } = teacher;
-    let architecture = backbone.architecture();
-    let backbone = Some(backbone).filter(|_| config.distillation.cache.is_empty());
-    Ok(Some(FrozenTeacher { architecture, backbone, dino_head, ibot_head }))
+    notes.extend(teacher.notes.iter().cloned());
+    Ok(teacher.frozen(config.distillation.cache.is_empty()))
 }

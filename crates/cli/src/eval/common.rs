@@ -10,11 +10,11 @@ use dinoxide_evaluation::{
 };
 use dinoxide_exchange::{Loaded, load};
 use dinoxide_model::Backbone;
-use dinoxide_model::weights::Description;
+use dinoxide_model::weights::{Description, Provenance};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{check_writable, deliver_to};
+use super::{check_writable, write};
 use crate::table::table;
 use crate::terminal::{self, Log};
 use crate::{Usage, device};
@@ -50,6 +50,23 @@ pub(crate) struct Output {
     pub(crate) json: bool,
 }
 
+impl Output {
+    /// That the result can be written, before anything is measured.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        self.output.as_deref().map_or(Ok(()), check_writable)
+    }
+
+    /// Prints a result as text or JSON, and writes it where asked.
+    pub(crate) fn deliver(&self, result: &Value, text: &str) -> anyhow::Result<ExitCode> {
+        let pretty = serde_json::to_string_pretty(result)?;
+        if let Some(path) = &self.output {
+            write(path, &pretty)?;
+        }
+        terminal::data(if self.json { &pretty } else { text });
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
 /// One evaluation of one backbone.
 #[derive(clap::Args)]
 pub(crate) struct Measurement<T: clap::Args> {
@@ -72,11 +89,10 @@ pub(crate) trait Task {
 
 impl<T: clap::Args + Task> Measurement<T> {
     pub(super) fn run(&self) -> anyhow::Result<ExitCode> {
-        self.output.output.as_deref().map_or(Ok(()), check_writable)?;
+        self.output.check()?;
         let mut frozen = Frozen::new(&self.network, T::BLOCKS)?;
         let outcome = self.task.run(&mut frozen)?;
-        let Output { output, json } = &self.output;
-        deliver_to(output.as_deref(), *json, &frozen.result(&outcome), &outcome.text())
+        self.output.deliver(&frozen.result(&outcome), &outcome.text())
     }
 }
 
@@ -250,13 +266,8 @@ impl Frozen {
     /// How features of the last `blocks` blocks come to be; `train` is empty where nothing is trained.
     pub(crate) fn source(&self, train: &str, val: &str, tokens: Vec<Token>, blocks: usize) -> FeatureSource {
         let depth = self.backbone.architecture().layers();
-        let provenance = &self.description.provenance;
         FeatureSource {
-            backbone: if provenance.is_known() {
-                format!("{}, after {} steps", self.weights, provenance.steps)
-            } else {
-                self.weights.clone()
-            },
+            backbone: named(&self.weights, &self.description.provenance),
             train_data: train.to_owned(),
             val_data: val.to_owned(),
             tokens,
@@ -284,6 +295,22 @@ impl Frozen {
     }
 }
 
+/// What a protocol calls a backbone.
+pub(super) fn named(weights: &str, provenance: &Provenance) -> String {
+    if provenance.is_known() { format!("{weights}, after {} steps", provenance.steps) } else { weights.to_owned() }
+}
+
+/// The sets of a classifier.
+#[derive(clap::Args)]
+pub(crate) struct Sets {
+    /// Images of known classes: a folder per class, or `synthetic`
+    #[arg(long, value_name = "DIR")]
+    pub(crate) train: String,
+    /// Images to classify, of the same classes
+    #[arg(long, value_name = "DIR")]
+    pub(crate) val: String,
+}
+
 /// Images that a classifier is made from, and images that it is scored on. Classes are numbered as in train; val may lack
 /// some of them.
 pub(crate) struct Pair {
@@ -292,8 +319,8 @@ pub(crate) struct Pair {
 }
 
 impl Pair {
-    pub(crate) fn open(train: &str, val: &str) -> anyhow::Result<Self> {
-        let (train, val) = (Set::open(train, &[])?.labelled()?, Set::open(val, &[])?.labelled()?);
+    pub(crate) fn open(sets: &Sets) -> anyhow::Result<Self> {
+        let (train, val) = (Set::open(&sets.train, &[])?.labelled()?, Set::open(&sets.val, &[])?.labelled()?);
         let classes = train.source.classes();
         let unknown: Vec<&str> =
             val.source.classes().iter().filter(|class| !classes.contains(class)).map(String::as_str).collect();

@@ -1,14 +1,17 @@
 //! What evaluations of patch tokens begin with: the arguments, the backbone, images with their maps.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use dinoxide_data::{AnnotatedSource, DecodeLimits, MapKind, Pairing, Rejected};
 use dinoxide_evaluation::dense::{Encoder, HeadConfig, TokenGridConfig};
-use dinoxide_evaluation::{FeatureSource, Token};
+use dinoxide_evaluation::{FeatureSource, Report, Token};
 use dinoxide_exchange::{Loaded, load};
 use dinoxide_model::Backbone;
 use dinoxide_model::weights::Description;
+use serde::Serialize;
+use serde_json::json;
 
+use super::common::{Output, named};
 use crate::terminal::{self, Log};
 use crate::{Usage, device};
 
@@ -49,22 +52,13 @@ pub(crate) struct DenseCommon {
     window: Option<usize>,
 }
 
-/// Where the result goes besides the terminal.
+/// A task with a head, trained and scored.
 #[derive(clap::Args)]
-pub(crate) struct Delivery {
-    /// Also write the result here as JSON
-    #[arg(long, value_name = "FILE")]
-    pub(crate) output: Option<PathBuf>,
-    /// Print one JSON object on stdout and nothing else there
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-impl Delivery {
-    /// That the result can be written, before anything is measured.
-    pub(crate) fn check(&self) -> anyhow::Result<()> {
-        self.output.as_deref().map_or(Ok(()), super::check_writable)
-    }
+pub(crate) struct Scored<T: clap::Args> {
+    #[command(flatten)]
+    pub(super) task: T,
+    #[command(flatten)]
+    pub(super) output: Output,
 }
 
 /// Two sets of images with a mask or depth map each.
@@ -169,6 +163,7 @@ impl HeadArgs {
 
 /// A backbone from a file, and how images are fed to it.
 pub(crate) struct DenseSetup {
+    weights: String,
     pub(crate) backbone: Backbone,
     pub(crate) description: Description,
     pub(crate) config: TokenGridConfig,
@@ -205,7 +200,8 @@ impl DenseSetup {
             std: description.std,
         };
         Encoder::new(&backbone, &config, &device).map_err(|e| Usage(e.into()))?;
-        Ok(Self { backbone, description, config, device, log: Log::new(None)? })
+        let weights = seen.weights.display().to_string();
+        Ok(Self { weights, backbone, description, config, device, log: Log::new(None)? })
     }
 
     /// The encoder. The settings have been checked.
@@ -214,15 +210,10 @@ impl DenseSetup {
     }
 
     /// Where features come from, for a protocol.
-    pub(crate) fn source(&self, weights: &Path, train_data: &str, val_data: &str) -> FeatureSource {
+    pub(crate) fn source(&self, train_data: &str, val_data: &str) -> FeatureSource {
         let depth = self.backbone.architecture().layers();
-        let (backbone, provenance) = (weights.display().to_string(), &self.description.provenance);
         FeatureSource {
-            backbone: if provenance.is_known() {
-                format!("{backbone}, after {} steps", provenance.steps)
-            } else {
-                backbone
-            },
+            backbone: named(&self.weights, &self.description.provenance),
             train_data: train_data.to_owned(),
             val_data: val_data.to_owned(),
             tokens: vec![Token::Patches],
@@ -233,6 +224,17 @@ impl DenseSetup {
             interpolation: "bicubic, antialias".into(),
             augmentation: "none".into(),
         }
+    }
+
+    /// The JSON result of an evaluation; it may have further entries.
+    pub(crate) fn result(&self, task: &str, report: &Report<impl Serialize>) -> serde_json::Value {
+        json!({
+            "task": task,
+            "weights": self.weights,
+            "provenance": self.description.provenance,
+            "protocol": report.protocol,
+            "scores": report.scores,
+        })
     }
 }
 

@@ -8,22 +8,13 @@ use dinoxide_evaluation::dense::depth::{DepthHead, DepthImages, DepthOutput, Dep
 use dinoxide_evaluation::{Method, Protocol, Report};
 use serde_json::json;
 
-use super::deliver_to;
-use super::dense::{Delivery, DenseCommon, DenseSetup, HeadArgs, PairArgs, stages, warn};
+use super::dense::{DenseCommon, DenseSetup, HeadArgs, PairArgs, Scored, stages, warn};
 use crate::Usage;
 use crate::table::table;
 
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    #[command(flatten)]
-    pub(crate) task: Task,
-    #[command(flatten)]
-    delivery: Delivery,
-}
-
 /// What the head gives for a place.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Output {
+enum HeadOutput {
     /// Weights of 256 evenly spaced depths
     Bins,
     /// The depth itself
@@ -50,7 +41,7 @@ pub(crate) struct Task {
     max_depth: f32,
     /// What the head gives for a place
     #[arg(long, value_enum, default_value = "bins")]
-    head_output: Output,
+    head_output: HeadOutput,
     /// Instead of `--val`: score the last images of `--train`, in the order of their names, and train on this share
     #[arg(long, value_name = "SHARE")]
     split_by_time: Option<f64>,
@@ -78,8 +69,8 @@ impl Task {
         let defaults = HeadConfig { weight_decay: 1e-4, betas: (0.9, 0.99), ..HeadConfig::default() };
         let config = self.head.config("depth", defaults)?;
         let output = match self.head_output {
-            Output::Bins => DepthOutput::Bins(256),
-            Output::Regression => DepthOutput::Regression,
+            HeadOutput::Bins => DepthOutput::Bins(256),
+            HeadOutput::Regression => DepthOutput::Regression,
         };
         let range = DepthRange { min: self.min_depth, max: self.max_depth };
         dinoxide_evaluation::dense::depth::check(output, range, self.depth_scale).map_err(|e| Usage(e.into()))?;
@@ -126,8 +117,8 @@ impl Task {
     }
 }
 
-pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    args.delivery.check()?;
+pub(super) fn run(args: &Scored<Task>) -> anyhow::Result<ExitCode> {
+    args.output.check()?;
     let mut trained = args.task.train()?;
     let mut log = crate::terminal::Log::new(None)?;
     let images = DepthImages { source: &trained.val, scale: trained.scale };
@@ -165,12 +156,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         )
     );
     let pairs = &args.task.pairs;
-    let weights = &args.task.common.seen.weights;
     let val = match (&pairs.val, args.task.split_by_time) {
         (None, Some(share)) => format!("{}, after the first {share} and a gap of {}", pairs.train, args.task.gap),
         (val, _) => val.clone().unwrap_or_default(),
     };
-    let source = trained.setup.source(weights, &pairs.train, &val);
+    let source = trained.setup.source(&pairs.train, &val);
     let output = match trained.output {
         DepthOutput::Bins(count) => format!("{count} bins"),
         DepthOutput::Regression => "regression".to_owned(),
@@ -179,13 +169,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let method = Method::Depth { head, range: (trained.range.min, trained.range.max), inference };
     let protocol = Protocol::new(method, vec![source], Some(trained.train_images), found.images, None);
     let report = Report { protocol, scores };
-    let result = json!({
-        "task": "depth",
-        "weights": weights.display().to_string(),
-        "provenance": trained.setup.description.provenance,
-        "protocol": report.protocol,
-        "scores": report.scores,
-        "constant": constant,
-    });
-    deliver_to(args.delivery.output.as_deref(), args.delivery.json, &result, &text)
+    let mut result = trained.setup.result("depth", &report);
+    result["constant"] = json!(constant);
+    args.output.deliver(&result, &text)
 }

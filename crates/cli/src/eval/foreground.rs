@@ -6,10 +6,9 @@ use dinoxide_data::MapKind;
 use dinoxide_evaluation::dense::HeadConfig;
 use dinoxide_evaluation::dense::foreground::{ATTENTION_MASS, foreground, split_by_folder};
 use dinoxide_evaluation::{Method, Protocol, Report};
-use serde_json::json;
 
-use super::deliver_to;
-use super::dense::{Delivery, DenseCommon, DenseSetup, HeadArgs, PairArgs, stages, warn};
+use super::common::Output;
+use super::dense::{DenseCommon, DenseSetup, HeadArgs, PairArgs, stages, warn};
 use crate::Usage;
 use crate::table::table;
 use crate::terminal::Log;
@@ -29,11 +28,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ID", default_value_t = 65_535)]
     void: u32,
     #[command(flatten)]
-    delivery: Delivery,
+    output: Output,
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    args.delivery.check()?;
+    args.output.check()?;
     let config = args.head.config("foreground", HeadConfig::default())?;
     let mut setup = DenseSetup::windowed(&args.common)?;
     let train = args.pairs.open_train(MapKind::Mask, &mut setup.log)?;
@@ -78,22 +77,15 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         train.len(),
         table(&["", "IoU"], &rows)
     );
-    let weights = &args.common.seen.weights;
     let val_data = match (&args.pairs.val, args.split_by_folder) {
         (None, Some(share)) => format!("{}, {share} of its folders, seed {}", args.pairs.train, args.head.seed),
         (val, _) => val.clone().unwrap_or_default(),
     };
-    let source = setup.source(weights, &args.pairs.train, &val_data);
+    let source = setup.source(&args.pairs.train, &val_data);
     let (head, inference) = (config.description(), encoder.description());
     let method = Method::Foreground { head, attention_mass: ATTENTION_MASS, ignored: args.void, inference };
     let protocol = Protocol::new(method, vec![source], Some(train.len()), scores.images, Some(2));
     let report = Report { protocol, scores };
-    let result = json!({
-        "task": "foreground",
-        "weights": weights.display().to_string(),
-        "provenance": setup.description.provenance,
-        "protocol": report.protocol,
-        "scores": report.scores,
-    });
-    deliver_to(args.delivery.output.as_deref(), args.delivery.json, &result, &text)
+    let result = setup.result("foreground", &report);
+    args.output.deliver(&result, &text)
 }

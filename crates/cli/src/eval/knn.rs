@@ -3,18 +3,14 @@
 use dinoxide_evaluation::{FewShot, KnnConfig, Token, knn, spectrum};
 use serde_json::json;
 
-use super::common::{Frozen, Metric, Outcome, Pair, between};
+use super::common::{Frozen, Metric, Outcome, Pair, Sets, between};
 use crate::Usage;
 use crate::table::table;
 
 #[derive(clap::Args)]
 pub(crate) struct Task {
-    /// Images of known classes: a folder per class, or `synthetic`
-    #[arg(long, value_name = "DIR")]
-    train: String,
-    /// Images to classify, of the same classes
-    #[arg(long, value_name = "DIR")]
-    val: String,
+    #[command(flatten)]
+    sets: Sets,
     /// Numbers of neighbours, all scored in one pass
     #[arg(long, value_name = "K", value_delimiter = ',', default_values_t = [10, 20, 100, 200])]
     k: Vec<usize>,
@@ -36,14 +32,14 @@ impl super::common::Task for Task {
     const BLOCKS: usize = 1;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {
-        let pair = Pair::open(&self.train, &self.val)?;
+        let pair = Pair::open(&self.sets)?;
         let few_shot =
             (!self.shots.is_empty()).then(|| FewShot { shots: self.shots.clone(), draws: self.draws, seed: self.seed });
         let config = KnnConfig { k: self.k.clone(), temperature: self.temperature, skip_first: false, few_shot };
         config.validate(pair.train.source.len())?;
         self.check_shots(&pair)?;
         let (train, val) = pair.labeled(frozen, |found| Ok(found.last_cls().clone()))?;
-        let source = frozen.source(&self.train, &self.val, vec![Token::Cls], 1);
+        let source = frozen.source(&self.sets.train, &self.sets.val, vec![Token::Cls], 1);
         let report = knn(&train, &val, &source, &config, &frozen.device)?;
         let rank = spectrum(val.features(), &source, false)?.scores;
         let chance = 100.0 / pair.classes() as f64;

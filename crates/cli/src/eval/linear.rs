@@ -2,7 +2,7 @@
 
 use dinoxide_evaluation::{Extracted, FeatureSet, Features, LinearConfig, Selection, Token, linear};
 
-use super::common::{Frozen, Metric, Outcome, Pair, between};
+use super::common::{Frozen, Metric, Outcome, Pair, Sets, between};
 use crate::table::table;
 
 /// Whose feature sets are tried.
@@ -16,12 +16,8 @@ enum Grid {
 
 #[derive(clap::Args)]
 pub(crate) struct Task {
-    /// Images of known classes: a folder per class, or `synthetic`
-    #[arg(long, value_name = "DIR")]
-    train: String,
-    /// Images to classify, of the same classes
-    #[arg(long, value_name = "DIR")]
-    val: String,
+    #[command(flatten)]
+    sets: Sets,
     /// Feature sets to try, each with 13 learning rates
     #[arg(long, value_name = "GRID", default_value = "dinov2")]
     grid: Grid,
@@ -43,7 +39,7 @@ impl super::common::Task for Task {
     const BLOCKS: usize = 4;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {
-        let pair = Pair::open(&self.train, &self.val)?;
+        let pair = Pair::open(&self.sets)?;
         let selection = if self.select_on_val { Selection::Val } else { Selection::default() };
         let config = LinearConfig {
             iterations: self.iterations,
@@ -118,7 +114,7 @@ impl Task {
                 if blocks > 1 { "s" } else { "" },
                 if patches { " + patch mean" } else { "" }
             );
-            let source = frozen.source(&self.train, &self.val, tokens, blocks);
+            let source = frozen.source(&self.sets.train, &self.sets.val, tokens, blocks);
             sets.push(FeatureSet { name, source, train, val });
         }
         Ok(sets)

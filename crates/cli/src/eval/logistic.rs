@@ -2,17 +2,13 @@
 
 use dinoxide_evaluation::{LogisticConfig, Selection, Token, logistic};
 
-use super::common::{Frozen, Metric, Outcome, Pair, between};
+use super::common::{Frozen, Metric, Outcome, Pair, Sets, between};
 use crate::table::table;
 
 #[derive(clap::Args)]
 pub(crate) struct Task {
-    /// Images of known classes: a folder per class, or `synthetic`
-    #[arg(long, value_name = "DIR")]
-    train: String,
-    /// Images to classify, of the same classes
-    #[arg(long, value_name = "DIR")]
-    val: String,
+    #[command(flatten)]
+    sets: Sets,
     /// Weights of the data against the penalty, ascending; default: the references' 45 from 1e-6 to 1e5
     #[arg(long, value_name = "C", value_delimiter = ',')]
     c: Vec<f64>,
@@ -37,7 +33,7 @@ impl super::common::Task for Task {
     const BLOCKS: usize = 1;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {
-        let pair = Pair::open(&self.train, &self.val)?;
+        let pair = Pair::open(&self.sets)?;
         let default = LogisticConfig::default();
         let config = LogisticConfig {
             c: if self.c.is_empty() { default.c.clone() } else { self.c.clone() },
@@ -52,7 +48,7 @@ impl super::common::Task for Task {
         };
         config.validate()?;
         let (train, val) = pair.labeled(frozen, |found| Ok(found.last_cls().clone()))?;
-        let source = frozen.source(&self.train, &self.val, vec![Token::Cls], 1);
+        let source = frozen.source(&self.sets.train, &self.sets.val, vec![Token::Cls], 1);
         let log = &mut frozen.log;
         log.bar(config.c.len() as u64 + 1, 0, "{bar:28} logistic regressions {pos}/{len}");
         let report = logistic(&train, &val, &source, &config, &mut |done, _| log.set(done as u64, String::new()));

@@ -18,10 +18,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use dinoxide_model::weights::write_atomically;
-use serde::Serialize;
 
 use self::common::Measurement;
-use crate::{Usage, terminal};
+use crate::Usage;
 
 /// The evaluations. Each reads the architecture from the weight file.
 #[derive(clap::Subcommand)]
@@ -41,9 +40,9 @@ pub(crate) enum Command {
     /// Two results side by side, if they were measured alike
     Compare(compare::Args),
     /// Semantic segmentation by a linear head on patch tokens: mIoU on folders of images and masks
-    Segmentation(segmentation::Args),
+    Segmentation(dense::Scored<segmentation::Task>),
     /// Depth by a linear head on patch tokens: RMSE, AbsRel and δ on folders of images and depth maps
-    Depth(depth::Args),
+    Depth(dense::Scored<depth::Task>),
     /// Masks of a first frame carried through videos by patch tokens: J, F and J&F
     Video(video::Args),
     /// Figure and ground by a linear classifier, by attention and by the first principal component
@@ -64,16 +63,6 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Video(args) => video::run(args),
         Command::Foreground(args) => foreground::run(args),
     }
-}
-
-/// Prints a result as text or JSON, and writes it to `output`, if given.
-fn deliver_to(output: Option<&Path>, json: bool, result: &impl Serialize, text: &str) -> anyhow::Result<ExitCode> {
-    let pretty = serde_json::to_string_pretty(result)?;
-    if let Some(path) = output {
-        write(path, &pretty)?;
-    }
-    terminal::data(if json { &pretty } else { text });
-    Ok(ExitCode::SUCCESS)
 }
 
 /// Refuses a path at which no file can be written, before anything is measured.

@@ -9,18 +9,9 @@ use dinoxide_evaluation::dense::segmentation::{Classes, Ids, SegmentationHead, v
 use dinoxide_evaluation::{Method, Protocol, Report};
 use serde_json::json;
 
-use super::deliver_to;
-use super::dense::{Delivery, DenseCommon, DenseSetup, HeadArgs, PairArgs, stages, warn};
+use super::dense::{DenseCommon, DenseSetup, HeadArgs, PairArgs, Scored, stages, warn};
 use crate::Usage;
 use crate::table::table;
-
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    #[command(flatten)]
-    pub(crate) task: Task,
-    #[command(flatten)]
-    delivery: Delivery,
-}
 
 /// What is needed to train a head.
 #[derive(clap::Args)]
@@ -92,8 +83,8 @@ impl Task {
     }
 }
 
-pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    args.delivery.check()?;
+pub(super) fn run(args: &Scored<Task>) -> anyhow::Result<ExitCode> {
+    args.output.check()?;
     let mut trained = args.task.train()?;
     let val = &trained.val;
     let mut log = crate::terminal::Log::new(None)?;
@@ -133,21 +124,14 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         table(&["class", "IoU", "accuracy", "share of pixels"], &rows)
     );
     let pairs = &args.task.pairs;
-    let weights = &args.task.common.seen.weights;
-    let source = trained.setup.source(weights, &pairs.train, pairs.val.as_deref().unwrap_or_default());
+    let source = trained.setup.source(&pairs.train, pairs.val.as_deref().unwrap_or_default());
     let head = trained.config.description();
     let method = Method::Segmentation { head, ignored: trained.classes.void, inference };
     let images = (trained.train_images, found.images);
     let protocol = Protocol::new(method, vec![source], Some(images.0), images.1, Some(trained.classes.count));
     let report = Report { protocol, scores };
-    let result = json!({
-        "task": "segmentation",
-        "weights": weights.display().to_string(),
-        "provenance": trained.setup.description.provenance,
-        "protocol": report.protocol,
-        "scores": report.scores,
-        "class_names": trained.names,
-        "constant": { "mean_iou": constant, "pixel_accuracy": most },
-    });
-    deliver_to(args.delivery.output.as_deref(), args.delivery.json, &result, &text)
+    let mut result = trained.setup.result("segmentation", &report);
+    result["class_names"] = json!(trained.names);
+    result["constant"] = json!({ "mean_iou": constant, "pixel_accuracy": most });
+    args.output.deliver(&result, &text)
 }

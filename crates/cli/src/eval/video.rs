@@ -5,11 +5,11 @@ use std::process::ExitCode;
 
 use dinoxide_data::{AnnotatedSource, DecodeLimits, MapKind, Pairing};
 use dinoxide_evaluation::dense::propagation::{ObjectScores, Propagation, PropagationConfig, score_object};
-use dinoxide_evaluation::{Method, Protocol};
+use dinoxide_evaluation::{Method, Protocol, Report};
 use serde_json::json;
 
-use super::deliver_to;
-use super::dense::{Delivery, DenseSetup, Layers, Seen};
+use super::common::Output;
+use super::dense::{DenseSetup, Layers, Seen};
 use crate::Usage;
 use crate::table::table;
 use crate::terminal::Log;
@@ -39,7 +39,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "T", default_value_t = PropagationConfig::default().temperature)]
     temperature: f32,
     #[command(flatten)]
-    delivery: Delivery,
+    output: Output,
 }
 
 /// A folder of frames.
@@ -57,7 +57,7 @@ struct Scored {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    args.delivery.check()?;
+    args.output.check()?;
     let config = PropagationConfig {
         context: args.context,
         radius: args.radius,
@@ -105,8 +105,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         scored.len(),
         table(&["video", "objects", "frames", "J&F", "J", "J recall", "F", "F recall"], &rows)
     );
-    let weights = &args.seen.weights;
-    let source = setup.source(weights, "", &args.data.display().to_string());
+    let source = setup.source("", &args.data.display().to_string());
     let frames = scored.iter().map(|video| video.frames).sum();
     let inference = format!("whole frames, {}", encoder.size_description());
     let method = Method::Video { propagation: config, inference };
@@ -115,15 +114,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         .iter()
         .map(|video| json!({ "name": video.name, "frames": video.frames, "objects": video.objects }))
         .collect();
-    let result = json!({
-        "task": "video",
-        "weights": weights.display().to_string(),
-        "provenance": setup.description.provenance,
-        "protocol": protocol,
-        "scores": { "j_and_f": mean.j_and_f(), "mean": mean, "videos": videos },
-        "still": still,
-    });
-    deliver_to(args.delivery.output.as_deref(), args.delivery.json, &result, &text)
+    let scores = json!({ "j_and_f": mean.j_and_f(), "mean": mean, "videos": videos });
+    let mut result = setup.result("video", &Report { protocol, scores });
+    result["still"] = json!(still);
+    args.output.deliver(&result, &text)
 }
 
 /// The videos in a folder, in the order of their names.

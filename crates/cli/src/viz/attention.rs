@@ -6,29 +6,21 @@ use dinoxide_augmentation::Resizer;
 use dinoxide_evaluation::dense::foreground::attention_of;
 use dinoxide_model::weights::host;
 
-use super::canvas::{Sheet, Tile, check_output};
+use super::canvas::{Sheet, Tile, check_output, rows_of_pairs};
 use super::paint::{heat, range};
 use super::{Images, Output, weights_note};
 use crate::Usage;
 use crate::eval::dense::DenseSetup;
 
 #[derive(clap::Args)]
-pub(crate) struct AttentionArgs {
+pub(crate) struct Args {
     #[command(flatten)]
     images: Images,
     #[command(flatten)]
     output: Output,
 }
 
-#[derive(clap::Args)]
-pub(crate) struct NormArgs {
-    #[command(flatten)]
-    images: Images,
-    #[command(flatten)]
-    output: Output,
-}
-
-pub(super) fn run_attention(args: &AttentionArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run_attention(args: &Args) -> anyhow::Result<ExitCode> {
     check_output(&args.output.output)?;
     let setup = DenseSetup::last_block(&args.images.seen)?;
     let images = args.images.read()?;
@@ -71,7 +63,7 @@ pub(super) fn run_attention(args: &AttentionArgs) -> anyhow::Result<ExitCode> {
     args.output.save(&sheet)
 }
 
-pub(super) fn run_norms(args: &NormArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run_norms(args: &Args) -> anyhow::Result<ExitCode> {
     check_output(&args.output.output)?;
     let setup = DenseSetup::last_block(&args.images.seen)?;
     let images = args.images.read()?;
@@ -99,14 +91,6 @@ pub(super) fn run_norms(args: &NormArgs) -> anyhow::Result<ExitCode> {
             [Tile::new(image, name), Tile::new(heat(&norms, grid, common), caption)]
         })
         .collect();
-    let per_row = if tiles.len() > 3 { 2 } else { 1 };
-    let mut rows: Vec<Vec<Tile>> = Vec::new();
-    for (i, pair) in tiles.into_iter().enumerate() {
-        if i % per_row == 0 {
-            rows.push(Vec::new());
-        }
-        rows.last_mut().expect("a row").extend(pair);
-    }
     let sheet = Sheet {
         title: "Norms of patch tokens".into(),
         note: format!(
@@ -117,7 +101,7 @@ pub(super) fn run_norms(args: &NormArgs) -> anyhow::Result<ExitCode> {
             common.1,
             median(&all)
         ),
-        rows,
+        rows: rows_of_pairs(tiles),
         group: 2,
         legend: Vec::new(),
     };

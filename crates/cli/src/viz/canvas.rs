@@ -97,6 +97,19 @@ pub(crate) struct Sheet {
     pub(crate) legend: Vec<(Rgb<u8>, String)>,
 }
 
+/// Pairs of tiles in rows, two pairs beside each other where one column would make too tall a sheet.
+pub(super) fn rows_of_pairs(pairs: Vec<[Tile; 2]>) -> Vec<Vec<Tile>> {
+    let per_row = if pairs.len() > 3 { 2 } else { 1 };
+    let mut rows: Vec<Vec<Tile>> = Vec::new();
+    for (i, pair) in pairs.into_iter().enumerate() {
+        if i % per_row == 0 {
+            rows.push(Vec::new());
+        }
+        rows.last_mut().expect("a row").extend(pair);
+    }
+    rows
+}
+
 impl Sheet {
     /// Draws it, each tile `height` pixels high or less, so that the widest is at most twice as wide as it is high.
     pub(crate) fn draw(&self, height: u32) -> anyhow::Result<RgbImage> {

@@ -8,9 +8,9 @@ use super::{Output, file_name, spread, weights_note};
 use crate::eval::{depth, segmentation};
 
 #[derive(clap::Args)]
-pub(crate) struct SegmentationArgs {
+pub(crate) struct Args<T: clap::Args> {
     #[command(flatten)]
-    task: segmentation::Task,
+    task: T,
     /// Val images to show, evenly spread
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=100))]
     count: u64,
@@ -18,18 +18,7 @@ pub(crate) struct SegmentationArgs {
     output: Output,
 }
 
-#[derive(clap::Args)]
-pub(crate) struct DepthArgs {
-    #[command(flatten)]
-    task: depth::Task,
-    /// Val images to show, evenly spread
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=100))]
-    count: u64,
-    #[command(flatten)]
-    output: Output,
-}
-
-pub(super) fn run_segmentation(args: &SegmentationArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run_segmentation(args: &Args<segmentation::Task>) -> anyhow::Result<ExitCode> {
     check_output(&args.output.output)?;
     let trained = args.task.train()?;
     let encoder = trained.setup.encoder()?;
@@ -69,7 +58,7 @@ pub(super) fn run_segmentation(args: &SegmentationArgs) -> anyhow::Result<ExitCo
     args.output.save(&sheet)
 }
 
-pub(super) fn run_depth(args: &DepthArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run_depth(args: &Args<depth::Task>) -> anyhow::Result<ExitCode> {
     check_output(&args.output.output)?;
     let trained = args.task.train()?;
     let encoder = trained.setup.encoder()?;

@@ -14,6 +14,7 @@ use dinoxide_data::{DecodeLimits, decode_file, open};
 use image::RgbImage;
 
 use crate::eval::dense::{DenseSetup, Seen};
+use crate::eval::{depth, segmentation};
 use crate::terminal;
 
 /// The pictures.
@@ -22,15 +23,15 @@ pub(crate) enum Command {
     /// Principal components of patch tokens as colours
     Pca(pca::Args),
     /// What CLS attends to in the last block, head by head
-    Attention(attention::AttentionArgs),
+    Attention(attention::Args),
     /// Norms of patch tokens before the final norm: outliers show
-    Norms(attention::NormArgs),
+    Norms(attention::Args),
     /// The nearest neighbours of images by their CLS tokens
     Neighbors(neighbors::Args),
     /// Predictions of a segmentation head beside the masks
-    Segmentation(dense::SegmentationArgs),
+    Segmentation(dense::Args<segmentation::Task>),
     /// Predictions of a depth head beside the depth maps
-    Depth(dense::DepthArgs),
+    Depth(dense::Args<depth::Task>),
 }
 
 /// Where a picture goes and how large it is.

@@ -7,7 +7,7 @@ use dinoxide_evaluation::dense::TokenGrid;
 use dinoxide_evaluation::dense::pca::Moments;
 use image::{Rgb, RgbImage};
 
-use super::canvas::{Sheet, Tile, check_output};
+use super::canvas::{Sheet, Tile, check_output, rows_of_pairs};
 use super::{Images, Output, weights_note};
 use crate::eval::dense::{DenseSetup, Layers};
 
@@ -82,15 +82,6 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             [Tile::new(image.clone(), name.clone()), Tile::new(map, grid)]
         })
         .collect();
-    // Two images beside each other make a sheet that is not too tall.
-    let per_row = if tiles.len() > 3 { 2 } else { 1 };
-    let mut rows: Vec<Vec<Tile>> = Vec::new();
-    for (i, pair) in tiles.into_iter().enumerate() {
-        if i % per_row == 0 {
-            rows.push(Vec::new());
-        }
-        rows.last_mut().expect("a row").extend(pair);
-    }
     let shares: Vec<String> = components.shares.iter().map(|share| format!("{:.0} %", 100.0 * share)).collect();
     let what = if args.foreground { "of the patches of the objects" } else { "of all patches" };
     let sheet = Sheet {
@@ -100,7 +91,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             weights_note(&setup, &args.images.seen.weights),
             shares.join(", ")
         ),
-        rows,
+        rows: rows_of_pairs(tiles),
         group: 2,
         legend: Vec::new(),
     };
