@@ -5,7 +5,7 @@
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::Loss;
+use crate::{Loss, unit};
 
 /// How far a student's token is from the teacher's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,13 +36,6 @@ pub fn feature(student: Tensor<2>, teacher: Tensor<2>, distance: Distance) -> Lo
         Distance::Cosine => (unit(student) * teacher).sum_dim(1).neg().mean() + 1.0,
         Distance::Mse => (student - teacher).powi_scalar(2).mean(),
     })
-}
-
-/// Rows of length 1; those shorter than 10⁻¹² are divided by that.
-fn unit(x: Tensor<2>) -> Tensor<2> {
-    // Clamped before the root, whose slope at zero is infinite.
-    let length = x.clone().powi_scalar(2).sum_dim(1).clamp_min(1e-24).sqrt();
-    x / length
 }
 
 /// Rows of mean 0 and variance 1.

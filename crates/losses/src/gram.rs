@@ -7,7 +7,7 @@
 use burn::tensor::{Tensor, s};
 use serde::{Deserialize, Serialize};
 
-use crate::{Loss, plain, prototypes::BLOCK_ELEMENTS};
+use crate::{Loss, plain, prototypes::BLOCK_ELEMENTS, unit};
 
 /// What happens to negative similarities before they are compared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,17 +108,11 @@ fn compare(student: Tensor<3>, teacher: Tensor<3>, negatives: Negatives) -> (Ten
     }
 }
 
-/// Rows of length 1; those shorter than 10⁻¹² are divided by that.
-fn unit(x: Tensor<3>) -> Tensor<3> {
-    // Clamped before the root, whose slope at zero is infinite.
-    let length = x.clone().powi_scalar(2).sum_dim(2).clamp_min(1e-24).sqrt();
-    x / length
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::{Device, Distribution};
+    use crate::testing::noise;
+    use burn::tensor::Device;
 
     const ALL: [Negatives; 4] =
         [Negatives::Keep, Negatives::Remove, Negatives::RemoveWhereTeacher, Negatives::RemoveTeacher];
@@ -146,9 +140,8 @@ mod tests {
     fn gradients_are_those_of_autodiff_whatever_the_block() {
         let device = Device::flex().autodiff();
         let (groups, tokens, dim) = (3, 5, 4);
-        let normal = Distribution::Normal(0.0, 1.0);
-        let x = Tensor::<3>::random([groups, tokens, dim], normal, &device).require_grad();
-        let y = Tensor::<3>::random([groups, tokens, dim + 2], normal, &Device::flex());
+        let x = noise([groups, tokens, dim], 1, &device).require_grad();
+        let y = noise([groups, tokens, dim + 2], 2, &Device::flex());
         let mut cases = 0;
         for normalize in [false, true] {
             for negatives in ALL {
@@ -175,7 +168,7 @@ mod tests {
     #[test]
     fn a_turn_of_all_tokens_costs_nothing() {
         let device = Device::flex();
-        let x = Tensor::<3>::random([2, 6, 2], Distribution::Default, &device);
+        let x = noise([2, 6, 2], 3, &device);
         let turn = Tensor::<2>::from_data([[0.6f32, 0.8], [-0.8, 0.6]], &device).unsqueeze::<3>();
         let value: f32 = gram(x.clone(), x.matmul(turn), false, Negatives::Keep).value.into_scalar();
         assert!(value < 1e-10, "{value}");

@@ -18,6 +18,9 @@ pub mod koleo;
 pub mod prototypes;
 pub mod sinkhorn;
 
+#[cfg(test)]
+mod testing;
+
 use burn::tensor::Tensor;
 
 /// One loss: its value, and the scalar whose gradient is the loss's.
@@ -41,4 +44,11 @@ impl Loss {
 /// The tensor without its autodiff context; itself where it has none.
 pub(crate) fn plain<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     if tensor.device().is_autodiff() { tensor.inner() } else { tensor }
+}
+
+/// The tensor with vectors of length 1 along its last axis; those shorter than 10⁻¹² are divided by that.
+pub(crate) fn unit<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    // Clamped before the root, whose slope at zero is infinite.
+    let length = x.clone().powi_scalar(2).sum_dim(D - 1).clamp_min(1e-24).sqrt();
+    x / length
 }

@@ -91,41 +91,73 @@ fn cross_entropy_in_blocks(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::{Device, Distribution, activation};
+    use crate::testing::noise;
+    use burn::tensor::{Device, activation};
+
+    fn doubles<const D: usize>(tensor: &Tensor<D>) -> Vec<f64> {
+        let values = tensor.clone().into_data().try_to_vec::<f32>().expect("f32");
+        values.into_iter().map(f64::from).collect()
+    }
+
+    /// The loss and its gradients by `x` and `w`, from the definition, in double precision.
+    fn slow(
+        [m, k, b]: [usize; 3],
+        [x, w, target, weights]: [&[f64]; 4],
+        temperature: f64,
+    ) -> (f64, Vec<f64>, Vec<f64>) {
+        let (mut value, mut gx, mut gw) = (0.0, vec![0.0; m * b], vec![0.0; k * b]);
+        for i in 0..m {
+            let logit = |j: usize| (0..b).map(|c| x[i * b + c] * w[j * b + c]).sum::<f64>() / temperature;
+            let sum: f64 = (0..k).map(|j| logit(j).exp()).sum();
+            let mass: f64 = (0..k).map(|j| target[i * k + j]).sum();
+            for j in 0..k {
+                value -= weights[i] * target[i * k + j] * (logit(j) - sum.ln());
+                let gradient = weights[i] * (mass * logit(j).exp() / sum - target[i * k + j]) / temperature;
+                for c in 0..b {
+                    gx[i * b + c] += gradient * w[j * b + c];
+                    gw[j * b + c] += gradient * x[i * b + c];
+                }
+            }
+        }
+        (value, gx, gw)
+    }
 
     #[test]
-    fn equals_the_composed_loss_and_its_gradients_whatever_the_block() {
+    fn equals_the_definition_and_its_gradients_whatever_the_block() {
         let device = Device::flex().autodiff();
         let plain_device = Device::flex();
         let (m, k, b) = (7, 11, 5);
-        let x = Tensor::<2>::random([m, b], Distribution::Default, &device).require_grad();
-        let w = Tensor::<2>::random([k, b], Distribution::Default, &device).require_grad();
-        let target = activation::softmax(Tensor::<2>::random([m, k], Distribution::Default, &plain_device), 1) * 2.0;
-        let weights = Tensor::<1>::random([m], Distribution::Default, &plain_device);
-        let log_p = activation::log_softmax(x.clone().matmul(w.clone().transpose()) / 0.1, 1);
-        let rows = (log_p * Tensor::from_inner(target.clone())).sum_dim(1).neg();
-        let expected = (rows * Tensor::from_inner(weights.clone().reshape([m, 1]))).sum();
-        let expected_value: f32 = expected.clone().into_scalar();
-        let grads = expected.backward();
-        let (gx, gw) = (x.grad(&grads).expect("gradient"), w.grad(&grads).expect("gradient"));
+        let mut cases = 0;
+        for seed in 0..20 {
+            let x: Tensor<2> = noise([m, b], 4 * seed, &device).require_grad();
+            let w: Tensor<2> = noise([k, b], 4 * seed + 1, &device).require_grad();
+            let target = activation::softmax(noise::<2>([m, k], 4 * seed + 2, &plain_device) * 3.0, 1) * 2.0;
+            let weights: Tensor<1> = noise([m], 4 * seed + 3, &plain_device) + 1.0;
+            let inputs = [&doubles(&x)[..], &doubles(&w), &doubles(&target), &doubles(&weights)];
+            let (expected, gx, gw) = slow([m, k, b], inputs, 0.1);
 
-        let halves = [
-            Targets {
-                probabilities: target.clone().slice(s![0..3, ..]),
+            let halves = [0..3, 3..m].map(|rows| Targets {
+                probabilities: target.clone().slice(s![rows.clone(), ..]),
                 mass: 2.0,
-                weights: weights.clone().slice(s![0..3]),
-            },
-            Targets { probabilities: target.slice(s![3..7, ..]), mass: 2.0, weights: weights.slice(s![3..7]) },
-        ];
-        for block_elements in [1, 2 * k, 1000] {
-            let loss = cross_entropy_in_blocks(x.clone(), w.clone(), &halves, 0.1, block_elements);
-            let value: f32 = loss.value.into_scalar();
-            assert!((value - expected_value).abs() < 1e-5 * expected_value.abs(), "{value} is not {expected_value}");
-            let grads = loss.graph.backward();
-            for (ours, theirs) in [(x.grad(&grads), &gx), (w.grad(&grads), &gw)] {
-                let off: f32 = (ours.expect("gradient") - theirs.clone()).abs().max().into_scalar();
-                assert!(off < 1e-5, "gradient is off by {off}");
+                weights: weights.clone().slice(s![rows]),
+            });
+            for block_elements in [1, 2 * k, 1000] {
+                let loss = cross_entropy_in_blocks(x.clone(), w.clone(), &halves, 0.1, block_elements);
+                let value = doubles(&loss.value)[0];
+                assert!((value - expected).abs() < 2e-6 * expected.abs(), "{value} is not {expected}");
+                let grads = loss.graph.backward();
+                for (ours, theirs) in [(x.grad(&grads), &gx), (w.grad(&grads), &gw)] {
+                    // Single precision can be no closer than a part of the largest, whatever the temperature makes of it.
+                    let largest = theirs.iter().fold(0.0f64, |most, v| most.max(v.abs()));
+                    let ours = doubles(&ours.expect("gradient"));
+                    assert_eq!(ours.len(), theirs.len());
+                    for (a, e) in ours.iter().zip(theirs) {
+                        assert!((a - e).abs() < 2e-6 * largest, "seed {seed}: {a} is not {e}, of up to {largest}");
+                        cases += 1;
+                    }
+                }
             }
         }
+        assert_eq!(cases, 20 * 3 * (m + k) * b);
     }
 }

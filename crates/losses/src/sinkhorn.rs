@@ -18,7 +18,8 @@ pub fn sinkhorn_knopp(logits: Tensor<2>, temperature: f64, iterations: usize) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::{Device, Distribution};
+    use crate::testing::noise;
+    use burn::tensor::Device;
 
     fn check(logits: Tensor<2>, temperature: f64, expected: &[f32]) {
         let found: Vec<f32> = sinkhorn_knopp(logits, temperature, 3).into_data().try_to_vec().expect("f32");
@@ -48,7 +49,7 @@ mod tests {
 
     #[test]
     fn rows_sum_to_one_and_prototypes_have_equal_mass_in_the_limit() {
-        let logits = Tensor::<2>::random([24, 5], Distribution::Default, &Device::flex());
+        let logits = noise([24, 5], 1, &Device::flex());
         let q = sinkhorn_knopp(logits, 0.1, 200);
         for row in q.clone().sum_dim(1).into_data().try_to_vec::<f32>().expect("f32") {
             assert!((row - 1.0).abs() < 1e-5);
@@ -68,7 +69,7 @@ mod tests {
 
     #[test]
     fn a_constant_added_to_all_logits_changes_nothing() {
-        let logits = Tensor::<2>::random([6, 9], Distribution::Default, &Device::flex());
+        let logits = noise([6, 9], 2, &Device::flex());
         let shifted = sinkhorn_knopp(logits.clone() + 2.5, 0.07, 3);
         let off: f32 = (sinkhorn_knopp(logits, 0.07, 3) - shifted).abs().max().into_scalar();
         assert!(off < 1e-5, "{off}");
