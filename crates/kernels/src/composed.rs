@@ -1,6 +1,6 @@
 //! The operations composed from tensor primitives: what they compute, on every backend, with gradients by autodiff.
 
-use burn::tensor::{Tensor, activation, module, ops::ConvOptions};
+use burn::tensor::{Int, Tensor, activation, module, ops::ConvOptions};
 
 use crate::{AdamW, Branch, LEAST_MASS, RopeTable};
 
@@ -90,6 +90,20 @@ pub fn attention(x: Tensor<3>, branch: Branch, num_heads: usize, rope: Option<&R
     residual(x, linear(heads, last.weight, last.bias), gamma).reshape([batch, tokens, width])
 }
 
+/// See [`crate::selected_attention`].
+pub fn selected_attention(
+    x: Tensor<3>,
+    rows: &[usize],
+    branch: Branch,
+    num_heads: usize,
+    rope: Option<&RopeTable>,
+) -> Tensor<2> {
+    let [batch, tokens, width] = x.dims();
+    let indices: Vec<i32> = rows.iter().map(|&row| row as i32).collect();
+    let indices = Tensor::<1, Int>::from_data(indices.as_slice(), &x.device());
+    attention(x, branch, num_heads, rope).reshape([batch * tokens, width]).select(0, indices)
+}
+
 /// See [`crate::feed_forward`].
 pub fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
     let Branch { norm, first, last, gamma, recompute: _ } = branch;
@@ -124,6 +138,13 @@ pub fn soft_cross_entropy(
     let losses = ((peak + total.clone().log()) * mass - expected) * weights.clone();
     let gradient = exponentials * (weights.clone() * mass / total / temperature) - targets * (weights / temperature);
     (losses.reshape([rows]), gradient)
+}
+
+/// See [`crate::with_gradients`].
+pub fn with_gradients([x, w]: [Tensor<2>; 2], [x_gradient, w_gradient]: [Tensor<2>; 2]) -> Tensor<1> {
+    let constant = |gradient: Tensor<2>| if x.device().is_autodiff() { Tensor::from_inner(gradient) } else { gradient };
+    let sum = (x.clone() * constant(x_gradient)).sum() + (w * constant(w_gradient)).sum();
+    sum.clone() - sum.detach()
 }
 
 /// See [`crate::sinkhorn`].

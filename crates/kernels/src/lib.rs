@@ -16,7 +16,8 @@ use burn::tensor::Tensor;
 
 use flex::{
     Attention, AttentionBranch, DepthwiseConv, FeedForward, FlexKernels, FlexPrototypes, FlexUpdates, Gelu, LayerNorm,
-    Linear, Residual, RotaryAttention, RotaryAttentionBranch,
+    Linear, Residual, RotaryAttention, RotaryAttentionBranch, RotarySelectedAttention, SelectedAttention,
+    WithGradients,
 };
 
 /// Cosine and sine tables of a rotary position embedding, one row per token.
@@ -195,6 +196,34 @@ pub fn attention(x: Tensor<3>, branch: Branch, num_heads: usize, rope: Option<&R
     })
 }
 
+/// Some rows of [`attention`]: what it would make of the other tokens is left out, but for their keys and values.
+///
+/// # Shapes
+/// `x [B, N, D]`, `rows` places in its flattened list `[B·N]` of tokens, in ascending order → `[rows, D]`; `branch` as in
+/// [`attention`].
+pub fn selected_attention(
+    x: Tensor<3>,
+    rows: &[usize],
+    branch: Branch,
+    num_heads: usize,
+    rope: Option<&RopeTable>,
+) -> Tensor<2> {
+    if rows.is_empty() || !flex::supports(&x.device(), x.dtype()) {
+        return composed::selected_attention(x, rows, branch, num_heads, rope);
+    }
+    let (eps, recompute) = (branch.norm.eps, branch.recompute);
+    let operation = SelectedAttention { rows: rows.into(), num_heads, eps, recompute };
+    let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[2]);
+    let x = x.into_dispatch();
+    Tensor::from_dispatch(match rope {
+        Some(RopeTable { cos, sin }) => {
+            let (cos, sin) = (cos.clone().into_dispatch(), sin.clone().into_dispatch());
+            Dispatch::denary(x, a, b, c, d, e, f, g, cos, sin, RotarySelectedAttention(operation))
+        }
+        None => Dispatch::octonary(x, a, b, c, d, e, f, g, operation),
+    })
+}
+
 /// The feed-forward branch of a pre-norm transformer block, with its residual connection:
 /// `x + gamma·last(gelu(first(layer_norm(x))))`.
 ///
@@ -232,6 +261,27 @@ pub fn soft_cross_entropy(
     let (logits, targets, weights) = (logits.into_dispatch(), targets.into_dispatch(), weights.into_dispatch());
     let (losses, gradient) = Dispatch::soft_cross_entropy(logits, targets, weights, mass, temperature);
     (Tensor::from_dispatch(losses), Tensor::from_dispatch(gradient))
+}
+
+/// A scalar, 0, whose gradients with respect to `x` and `w` are the given ones: how a gradient that was computed by hand
+/// enters automatic differentiation.
+///
+/// # Shapes
+/// Each gradient, plain, as what it is the gradient of → `[1]`.
+pub fn with_gradients([x, w]: [Tensor<2>; 2], [x_gradient, w_gradient]: [Tensor<2>; 2]) -> Tensor<1> {
+    assert_eq!([x.dims(), w.dims()], [x_gradient.dims(), w_gradient.dims()], "gradients: other shapes");
+    if !x.device().is_autodiff() || !flex::supports(&x.device(), x.dtype()) {
+        return composed::with_gradients([x, w], [x_gradient, w_gradient]);
+    }
+    let [x_gradient, w_gradient] =
+        [x_gradient, w_gradient].map(|gradient| Tensor::from_inner(gradient).into_dispatch());
+    Tensor::from_dispatch(Dispatch::quaternary(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        x_gradient,
+        w_gradient,
+        WithGradients,
+    ))
 }
 
 /// Sinkhorn–Knopp: `exp(logits/temperature)` scaled so that, alternately, columns have equal mass and rows sum to 1, ending

@@ -9,12 +9,14 @@
 //! Tasks are images when there are enough of them for every thread, else heads; both give the same bits.
 
 mod head;
+mod selected;
 
 use burn::backend::flex::FlexTensor;
-use rayon::prelude::*;
 
 pub(super) use self::head::Rotation;
 use self::head::{Head, Place, Scratch};
+pub(super) use self::selected::Selected;
+use super::memory::zeroed;
 use super::operation::Operation;
 use super::{contiguous, elements, tensor};
 
@@ -102,7 +104,14 @@ impl Sizes {
         Self { batch, tokens, heads, head_dim: packed / (3 * heads) }
     }
 
-    fn width(&self) -> usize {
+    /// Of tokens `[B, N, D]`.
+    pub(super) fn of(x: &FlexTensor, heads: usize) -> Self {
+        let [batch, tokens, width] = x.layout().shape().dims();
+        assert!(heads > 0 && width.is_multiple_of(heads), "attention: width {width} and {heads} heads");
+        Self { batch, tokens, heads, head_dim: width / heads }
+    }
+
+    pub(super) fn width(&self) -> usize {
         self.heads * self.head_dim
     }
 
@@ -124,57 +133,61 @@ impl Sizes {
     }
 }
 
-/// Calls `f(image, head, slice, place, scratch)` for every head, where the head's rows lie at `place` of the slice, and
-/// returns the result `[B, N, parts·D]`.
-fn for_each_head(
+/// Calls `f(image, head, slice, places, scratch)` for every head, where the head's rows of each of the parts lie at their
+/// `places` of the slice, and returns the result `[B, N, parts·D]`.
+fn for_each_head<const PARTS: usize>(
     sizes: Sizes,
-    parts: usize,
-    f: impl Fn(usize, usize, &mut [f32], Place, &mut Scratch) + Sync + Send,
+    f: impl Fn(usize, usize, &mut [f32], [Place; PARTS], &mut Scratch) + Sync + Send,
 ) -> Vec<f32> {
     let Sizes { batch, tokens, heads, head_dim } = sizes;
-    let mut out = vec![0.0; batch * tokens * parts * sizes.width()];
-    if out.is_empty() {
-        return out;
+    let row = PARTS * sizes.width();
+    let len = batch * tokens * row;
+    if len == 0 {
+        return Vec::new();
     }
-    let image_len = tokens * parts * sizes.width();
+    let among = |head: usize| std::array::from_fn(|part| Place { first: part * sizes.width() + head * head_dim, row });
+    let image_len = tokens * row;
     if heads == 1 || batch >= 4 * rayon::current_num_threads() {
-        out.par_chunks_mut(image_len).enumerate().for_each_init(Scratch::default, |scratch, (image, slice)| {
+        return zeroed(len, image_len, Scratch::default, |scratch, image, slice| {
             for head in 0..heads {
-                f(image, head, slice, Place::among_heads(sizes, parts, head), scratch);
+                f(image, head, slice, among(head), scratch);
             }
         });
-        return out;
     }
     // Few images: each head into its own memory, and then side by side.
-    let mut alone = vec![0.0; out.len()];
-    let head_len = tokens * parts * head_dim;
-    alone.par_chunks_mut(head_len).enumerate().for_each_init(Scratch::default, |scratch, (i, slice)| {
-        f(i / heads, i % heads, slice, Place::alone(sizes, parts), scratch);
+    let alone_places = std::array::from_fn(|part| Place { first: part * head_dim, row: PARTS * head_dim });
+    let head_len = tokens * PARTS * head_dim;
+    let alone = zeroed(len, head_len, Scratch::default, |scratch, i, slice| {
+        f(i / heads, i % heads, slice, alone_places, scratch);
     });
-    out.par_chunks_mut(image_len).zip(alone.par_chunks(image_len)).for_each(|(image, alone)| {
-        for (head, rows) in alone.chunks_exact(head_len).enumerate() {
-            let place = Place::among_heads(sizes, parts, head);
-            for (i, row) in rows.chunks_exact(head_dim).enumerate() {
-                image[place.start(i / parts, i % parts)..][..head_dim].copy_from_slice(row);
+    zeroed(
+        len,
+        image_len,
+        || (),
+        |_, image, slice| {
+            for (head, rows) in alone[image * image_len..][..image_len].chunks_exact(head_len).enumerate() {
+                let places: [Place; PARTS] = among(head);
+                for (i, row) in rows.chunks_exact(head_dim).enumerate() {
+                    slice[places[i % PARTS].start(i / PARTS)..][..head_dim].copy_from_slice(row);
+                }
             }
-        }
-    });
-    out
+        },
+    )
 }
 
 /// The heads' results side by side, `[B, N, D]`.
 pub(super) fn forward(qkv: &[f32], sizes: Sizes, rotation: Option<Rotation>) -> Vec<f32> {
-    for_each_head(sizes, 1, |image, head, out, place, scratch| {
-        Head::new(qkv, sizes, image, head, rotation).forward(out, place, scratch);
+    for_each_head(sizes, |image, head, out, [place], scratch| {
+        Head::packed(qkv, sizes, image, head, rotation).forward(out, place, scratch);
     })
 }
 
 /// The gradient of the projections, given that of the result.
 pub(super) fn backward(qkv: &[f32], grad: &[f32], sizes: Sizes, rotation: Option<Rotation>) -> Vec<f32> {
     let image_len = sizes.tokens * sizes.width();
-    for_each_head(sizes, 3, |image, head, dqkv, place, scratch| {
-        let grad = &grad[image * image_len..][..image_len];
-        Head::new(qkv, sizes, image, head, rotation).backward(grad, dqkv, place, scratch);
+    for_each_head(sizes, |image, head, dqkv, places, scratch| {
+        let grad = (&grad[image * image_len..][..image_len], Place::among_heads(sizes, head));
+        Head::packed(qkv, sizes, image, head, rotation).backward(grad, dqkv, places, scratch);
     })
 }
 

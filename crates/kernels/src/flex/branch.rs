@@ -73,6 +73,9 @@ impl Norm {
     }
 }
 
+/// Output features whose weights one task goes through.
+const FEATURES: usize = 16;
+
 /// The projection at the end of a branch with its layer scale: weight `[D, in]`, bias and scale `[D]`.
 #[derive(Clone, Debug)]
 pub(super) struct Projection {
@@ -110,8 +113,9 @@ impl Projection {
     pub(super) fn backward_input(&self, grad: &[f32], inner: usize) -> Vec<f32> {
         let (weight, gamma) = (elements(&self.weight), elements(&self.gamma));
         let width = gamma.len();
-        let mut scaled = weight.to_vec();
-        scale_rows(&mut scaled, gamma, inner);
+        let scaled = copied(weight, FEATURES * inner.max(1), |start, rows| {
+            scale_rows(rows, &gamma[start / inner..], inner);
+        });
         multiply(Matrix::new(grad, grad.len() / width.max(1), width), Matrix::new(&scaled, width, inner))
     }
 
@@ -123,16 +127,22 @@ impl Projection {
         let mut dweight = multiply(Matrix::new(grad, rows, width).t(), Matrix::new(a, rows, inner));
         let sums = column_sums(grad, rows, width);
         let mut dgamma: Vec<f32> = sums.iter().zip(bias).map(|(sum, b)| sum * b).collect();
-        simd::vectorized(
-            #[inline(always)]
-            || {
-                let products = dweight.chunks_exact(inner).zip(weight.chunks_exact(inner));
-                for (dgamma, (g, w)) in dgamma.iter_mut().zip(products) {
-                    *dgamma += simd::dot(g, w);
-                }
+        let block = FEATURES * inner.max(1);
+        let features = dgamma.par_chunks_mut(FEATURES).zip(gamma.par_chunks(FEATURES));
+        dweight.par_chunks_mut(block).zip(weight.par_chunks(block)).zip(features).for_each(
+            |((g, w), (dgamma, gamma))| {
+                simd::vectorized(
+                    #[inline(always)]
+                    || {
+                        let products = g.chunks_exact(inner).zip(w.chunks_exact(inner));
+                        for (dgamma, (g, w)) in dgamma.iter_mut().zip(products) {
+                            *dgamma += simd::dot(g, w);
+                        }
+                    },
+                );
+                scale_rows(g, gamma, inner);
             },
         );
-        scale_rows(&mut dweight, gamma, inner);
         let dbias = sums.iter().zip(gamma).map(|(sum, gamma)| sum * gamma).collect();
         [tensor(dweight, [width, inner]), tensor(dbias, [width]), tensor(dgamma, [width])]
     }

@@ -33,7 +33,25 @@ pub(super) fn changed_and_copied(
     })
 }
 
-/// `len` numbers that `write` writes: every one of them, as both callers do by copying a source of the same length.
+/// `len` numbers in blocks of `block`, each zeroed by the task that then gives it to `f(state, i, block)`.
+pub(super) fn zeroed<S>(
+    len: usize,
+    block: usize,
+    state: impl Fn() -> S + Sync + Send,
+    f: impl Fn(&mut S, usize, &mut [f32]) + Sync + Send,
+) -> Vec<f32> {
+    write_once(len, |memory| {
+        memory.par_chunks_mut(block.max(1)).enumerate().for_each_init(state, |state, (i, memory)| {
+            memory.fill(MaybeUninit::new(0.0));
+            // SAFETY: each of its elements has been written.
+            #[allow(unsafe_code, reason = "there is no safe way to fill uninitialised memory with one value")]
+            f(state, i, unsafe { memory.assume_init_mut() });
+        });
+    })
+}
+
+/// `len` numbers that `write` writes: every one of them, as the callers do by copying a source of the same length, or by
+/// filling all blocks.
 fn write_once(len: usize, write: impl FnOnce(&mut [MaybeUninit<f32>])) -> Vec<f32> {
     let mut values = Vec::with_capacity(len);
     write(&mut values.spare_capacity_mut()[..len]);

@@ -21,10 +21,12 @@ mod memory;
 mod operation;
 mod prototypes;
 mod residual;
+mod selected_attention;
 mod simd;
 #[cfg(test)]
 mod testing;
 mod update;
+mod with_gradients;
 
 pub(crate) use attention::{Attention, RotaryAttention};
 pub(crate) use attention_branch::{AttentionBranch, RotaryAttentionBranch};
@@ -36,7 +38,9 @@ pub(crate) use linear::Linear;
 pub(crate) use operation::FlexKernels;
 pub(crate) use prototypes::FlexPrototypes;
 pub(crate) use residual::Residual;
+pub(crate) use selected_attention::{RotarySelectedAttention, SelectedAttention};
 pub(crate) use update::FlexUpdates;
+pub(crate) use with_gradients::WithGradients;
 
 use burn::backend::DispatchDevice;
 use burn::backend::flex::{FlexTensor, Layout};

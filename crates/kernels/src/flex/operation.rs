@@ -55,6 +55,14 @@ pub(crate) trait FlexKernels: Backend {
         c: FloatTensor<Self>,
         operation: O,
     ) -> FloatTensor<Self>;
+    /// Runs a branch of four tensors.
+    fn quaternary<O: Branch<4>>(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        branch: O,
+    ) -> FloatTensor<Self>;
     /// Runs a branch of eight tensors.
     #[allow(
         clippy::too_many_arguments,
@@ -101,6 +109,10 @@ impl FlexKernels for Flex {
         operation.forward([a, b, c])
     }
 
+    fn quaternary<O: Branch<4>>(a: FlexTensor, b: FlexTensor, c: FlexTensor, d: FlexTensor, branch: O) -> FlexTensor {
+        branch.forward([a, b, c, d], false).0
+    }
+
     fn octonary<O: Branch<8>>(
         a: FlexTensor,
         b: FlexTensor,
@@ -145,6 +157,10 @@ impl<C: CheckpointStrategy> FlexKernels for Autodiff<Flex, C> {
 
     fn ternary<O: Operation<3>>(a: Tracked<C>, b: Tracked<C>, c: Tracked<C>, operation: O) -> Tracked<C> {
         record::<O, C, 3>(operation, [a, b, c])
+    }
+
+    fn quaternary<O: Branch<4>>(a: Tracked<C>, b: Tracked<C>, c: Tracked<C>, d: Tracked<C>, branch: O) -> Tracked<C> {
+        record_branch::<O, C, 4>(branch, [a, b, c, d])
     }
 
     fn octonary<O: Branch<8>>(

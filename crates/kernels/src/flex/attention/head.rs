@@ -6,39 +6,79 @@ use super::super::gemm::{Destination, Matrix, Threads, multiply_into};
 use super::super::{dims2, elements, simd};
 use super::Sizes;
 
-/// The packed rows of one head of one image.
+/// The queries of one head of one image, and the keys and values that they meet: three matrices of `head_dim` columns, one
+/// row for each query or token.
 #[derive(Clone, Copy)]
 pub(super) struct Head<'a> {
-    sizes: Sizes,
-    packed: &'a [f32],
-    place: Place,
-    rotation: Option<Rotation<'a>>,
+    pub(super) sizes: Sizes,
+    /// The memory of the image's queries, keys and values, which may be the same.
+    pub(super) data: [&'a [f32]; 3],
+    /// Where the head's rows lie in each.
+    pub(super) places: [Place; 3],
+    pub(super) queries: Queries<'a>,
+    pub(super) rotation: Option<Rotation<'a>>,
+}
+
+/// The tokens that ask.
+#[derive(Clone, Copy)]
+pub(super) enum Queries<'a> {
+    /// All of the image.
+    All,
+    /// These of it.
+    Of(&'a [usize]),
 }
 
 impl<'a> Head<'a> {
-    pub(super) fn new(qkv: &'a [f32], sizes: Sizes, image: usize, head: usize, rotation: Option<Rotation<'a>>) -> Self {
+    /// A head of packed projections, whose rows hold the query, key and value of a token one after the other.
+    pub(super) fn packed(
+        qkv: &'a [f32],
+        sizes: Sizes,
+        image: usize,
+        head: usize,
+        rotation: Option<Rotation<'a>>,
+    ) -> Self {
         let len = sizes.tokens * 3 * sizes.width();
-        Self { sizes, packed: &qkv[image * len..][..len], place: Place::among_heads(sizes, 3, head), rotation }
+        let image = &qkv[image * len..][..len];
+        Self { sizes, data: [image; 3], places: Place::packed(sizes, head), queries: Queries::All, rotation }
+    }
+
+    /// Queries of this head.
+    pub(super) fn count(&self) -> usize {
+        match self.queries {
+            Queries::All => self.sizes.tokens,
+            Queries::Of(tokens) => tokens.len(),
+        }
+    }
+
+    /// The token of a query.
+    #[inline(always)]
+    fn token(&self, query: usize) -> usize {
+        match self.queries {
+            Queries::All => query,
+            Queries::Of(tokens) => tokens[query],
+        }
     }
 
     /// Copies `q` (scaled) and `k`, rotated.
     fn gather(&self, scratch: &mut Scratch) {
         let Sizes { tokens, head_dim, .. } = self.sizes;
-        scratch.q.resize(tokens * head_dim, 0.0);
+        scratch.q.resize(self.count() * head_dim, 0.0);
         scratch.k.resize(tokens * head_dim, 0.0);
         let scale = self.sizes.scale();
         simd::vectorized(
             #[inline(always)]
             || {
-                for (part, rows) in [&mut scratch.q, &mut scratch.k].into_iter().enumerate() {
-                    for (token, row) in rows.chunks_exact_mut(head_dim).enumerate() {
-                        row.copy_from_slice(&self.packed[self.place.start(token, part)..][..head_dim]);
-                        if let Some(rotation) = self.rotation {
-                            rotation.apply(row, token);
-                        }
-                        if part == 0 {
-                            simd::scale(row, scale);
-                        }
+                for (i, row) in scratch.q.chunks_exact_mut(head_dim).enumerate() {
+                    row.copy_from_slice(&self.data[0][self.places[0].start(i)..][..head_dim]);
+                    if let Some(rotation) = self.rotation {
+                        rotation.apply(row, self.token(i));
+                    }
+                    simd::scale(row, scale);
+                }
+                for (token, row) in scratch.k.chunks_exact_mut(head_dim).enumerate() {
+                    row.copy_from_slice(&self.data[1][self.places[1].start(token)..][..head_dim]);
+                    if let Some(rotation) = self.rotation {
+                        rotation.apply(row, token);
                     }
                 }
             },
@@ -47,7 +87,7 @@ impl<'a> Head<'a> {
 
     fn v(&self) -> Matrix<'a> {
         let Sizes { tokens, head_dim, .. } = self.sizes;
-        Matrix::strided(&self.packed[self.place.start(0, 2)..], tokens, head_dim, self.place.row)
+        Matrix::strided(&self.data[2][self.places[2].first..], tokens, head_dim, self.places[2].row)
     }
 
     /// The exponentials of the scores of `count` query rows from `first`, shifted by the largest of each row, and one over
@@ -70,13 +110,14 @@ impl<'a> Head<'a> {
         );
     }
 
+    /// Writes the result of each query to its row in `out`.
     pub(super) fn forward(&self, out: &mut [f32], place: Place, scratch: &mut Scratch) {
         let Sizes { tokens, head_dim, .. } = self.sizes;
         self.gather(scratch);
-        for first in (0..tokens).step_by(self.sizes.block()) {
-            let count = self.sizes.block().min(tokens - first);
+        for first in (0..self.count()).step_by(self.sizes.block()) {
+            let count = self.sizes.block().min(self.count() - first);
             self.exponentials(first, count, scratch);
-            let rows = &mut out[place.start(first, 0)..];
+            let rows = &mut out[place.start(first)..];
             let exponentials = Matrix::new(&scratch.probabilities, count, tokens);
             multiply_into(rows, place.row, Destination::Overwrite, 1.0, exponentials, self.v(), Threads::One);
             // The rows of the result are shorter than those of the probabilities: they are the ones to normalise.
@@ -91,21 +132,27 @@ impl<'a> Head<'a> {
         }
     }
 
-    /// Writes the gradients of `q`, `k`, `v` to `dqkv`, given that of the result in the image's rows `grad`.
-    pub(super) fn backward(&self, grad: &[f32], dqkv: &mut [f32], place: Place, scratch: &mut Scratch) {
+    /// Writes the gradients of queries, keys and values to their `places` in `out`, given that of the result in the rows
+    /// `place` of `grad`.
+    pub(super) fn backward(
+        &self,
+        (grad, place): (&[f32], Place),
+        out: &mut [f32],
+        places: [Place; 3],
+        scratch: &mut Scratch,
+    ) {
         let Sizes { tokens, head_dim, .. } = self.sizes;
         self.gather(scratch);
-        scratch.dq.resize(tokens * head_dim, 0.0);
+        scratch.dq.resize(self.count() * head_dim, 0.0);
         scratch.dk.resize(tokens * head_dim, 0.0);
-        for first in (0..tokens).step_by(self.sizes.block()) {
-            let count = self.sizes.block().min(tokens - first);
+        for first in (0..self.count()).step_by(self.sizes.block()) {
+            let count = self.sizes.block().min(self.count() - first);
             let destination = if first == 0 { Destination::Overwrite } else { Destination::Accumulate };
             self.exponentials(first, count, scratch);
             let Scratch { q, k, probabilities, dscores, dq, dk, inverse_sums } = scratch;
             dscores.resize(count * tokens, 0.0);
 
-            let grad_start = first * self.sizes.width() + self.place.first;
-            let grad = Matrix::strided(&grad[grad_start..], count, head_dim, self.sizes.width());
+            let grad = Matrix::strided(&grad[place.start(first)..], count, head_dim, place.row);
             multiply_into(dscores, tokens, Destination::Overwrite, 1.0, grad, self.v().t(), Threads::One);
             simd::vectorized(
                 #[inline(always)]
@@ -122,8 +169,8 @@ impl<'a> Head<'a> {
             );
 
             let p = Matrix::new(probabilities, count, tokens);
-            let dv = &mut dqkv[place.start(0, 2)..];
-            multiply_into(dv, place.row, destination, 1.0, p.t(), grad, Threads::One);
+            let dv = &mut out[places[2].first..];
+            multiply_into(dv, places[2].row, destination, 1.0, p.t(), grad, Threads::One);
             let ds = Matrix::new(dscores, count, tokens);
             let k = Matrix::new(k, tokens, head_dim);
             let dq = &mut dq[first * head_dim..];
@@ -135,13 +182,17 @@ impl<'a> Head<'a> {
         simd::vectorized(
             #[inline(always)]
             || {
-                for (part, rows) in [&mut scratch.dq, &mut scratch.dk].into_iter().enumerate() {
-                    for (token, row) in rows.chunks_exact_mut(head_dim).enumerate() {
-                        if let Some(rotation) = self.rotation {
-                            rotation.apply_transposed(row, token);
-                        }
-                        dqkv[place.start(token, part)..][..head_dim].copy_from_slice(row);
+                for (i, row) in scratch.dq.chunks_exact_mut(head_dim).enumerate() {
+                    if let Some(rotation) = self.rotation {
+                        rotation.apply_transposed(row, self.token(i));
                     }
+                    out[places[0].start(i)..][..head_dim].copy_from_slice(row);
+                }
+                for (token, row) in scratch.dk.chunks_exact_mut(head_dim).enumerate() {
+                    if let Some(rotation) = self.rotation {
+                        rotation.apply_transposed(row, token);
+                    }
+                    out[places[1].start(token)..][..head_dim].copy_from_slice(row);
                 }
             },
         );
@@ -199,29 +250,28 @@ fn halves(table: &[f32], token: usize, half: usize) -> [&[f32]; 2] {
     [a, b]
 }
 
-/// Where the rows of one head lie in a slice: part `p` (of one, or of `q`, `k`, `v`) of a token starts at
-/// `token·row + p·part + first`.
+/// Where the rows of one head lie in a slice: row `i` starts at `first + i·row`.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
-    row: usize,
-    part: usize,
-    first: usize,
+    pub(super) first: usize,
+    pub(super) row: usize,
 }
 
 impl Place {
-    /// Head `head` among all of them, in rows of `parts` times the width.
-    pub(super) fn among_heads(sizes: Sizes, parts: usize, head: usize) -> Self {
-        Self { row: parts * sizes.width(), part: sizes.width(), first: head * sizes.head_dim }
+    /// Queries, keys and values of a head in packed rows.
+    pub(super) fn packed(sizes: Sizes, head: usize) -> [Self; 3] {
+        let (width, first) = (sizes.width(), head * sizes.head_dim);
+        [0, 1, 2].map(|part| Self { first: part * width + first, row: 3 * width })
     }
 
-    /// A head alone.
-    pub(super) fn alone(sizes: Sizes, parts: usize) -> Self {
-        Self { row: parts * sizes.head_dim, part: sizes.head_dim, first: 0 }
+    /// A head among the others, side by side.
+    pub(super) fn among_heads(sizes: Sizes, head: usize) -> Self {
+        Self { first: head * sizes.head_dim, row: sizes.width() }
     }
 
     #[inline(always)]
-    pub(super) fn start(&self, token: usize, part: usize) -> usize {
-        token * self.row + part * self.part + self.first
+    pub(super) fn start(&self, row: usize) -> usize {
+        self.first + row * self.row
     }
 }
 
