@@ -5,6 +5,8 @@
 //! loss, turned into its gradient and multiplied into the two small gradients that leave the function, and then forgotten.
 //! Besides the targets, no more than one block of at most [`BLOCK_ELEMENTS`] logits exists at a time.
 
+use std::ops::Range;
+
 use burn::tensor::{Tensor, s};
 use dinoxide_kernels as kernels;
 
@@ -49,43 +51,69 @@ fn cross_entropy_in_blocks(
     let tracked = bottleneck.device().is_autodiff();
     let (x, w) = (plain(bottleneck.clone()), plain(vectors.clone()));
 
-    let block = (block_elements / prototypes).max(1);
+    let counts: Vec<usize> = targets.iter().map(|t| t.probabilities.dims()[0]).collect();
     let mut value = Tensor::<1>::zeros([1], &x.device());
     let mut x_gradients = Vec::new();
     let mut w_gradient: Option<Tensor<2>> = None;
     let mut first = 0;
-    for group in targets {
-        let count = group.probabilities.dims()[0];
-        for start in (0..count).step_by(block) {
-            let end = (start + block).min(count);
-            let x_block = x.clone().slice(s![first + start..first + end, ..]);
-            let target = group.probabilities.clone().slice(s![start..end, ..]);
-            let weights = group.weights.clone().slice(s![start..end]);
-
-            let logits = kernels::linear(x_block.clone(), w.clone(), None);
-            let (losses, gradient) = kernels::soft_cross_entropy(logits, target, weights, group.mass, temperature);
-            value = value + losses.sum();
-            if tracked {
-                x_gradients.push(gradient.clone().matmul(w.clone()));
-                let partial = gradient.transpose().matmul(x_block);
-                w_gradient = Some(match w_gradient {
-                    Some(sum) => sum + partial,
-                    None => partial,
-                });
-            }
-        }
+    for pieces in blocks(&counts, (block_elements / prototypes).max(1)) {
+        let count: usize = pieces.iter().map(|(_, rows)| rows.len()).sum();
+        let x_block = x.clone().slice(s![first..first + count, ..]);
         first += count;
+        let mut logits = vec![kernels::linear(x_block.clone(), w.clone(), None)];
+        if pieces.len() > 1 {
+            let sizes = pieces.iter().map(|(_, rows)| rows.len()).collect();
+            logits = logits.remove(0).split_with_sizes(sizes, 0);
+        }
+        let mut gradients = Vec::with_capacity(pieces.len());
+        for ((group, rows), logits) in pieces.into_iter().zip(logits) {
+            let Targets { probabilities, mass, weights } = &targets[group];
+            let target = probabilities.clone().slice(s![rows.clone(), ..]);
+            let weights = weights.clone().slice(s![rows]);
+            let (losses, gradient) = kernels::soft_cross_entropy(logits, target, weights, *mass, temperature);
+            value = value + losses.sum();
+            gradients.push(gradient);
+        }
+        if tracked {
+            let gradient = if gradients.len() == 1 { gradients.remove(0) } else { Tensor::cat(gradients, 0) };
+            x_gradients.push(gradient.clone().matmul(w.clone()));
+            let partial = gradient.transpose().matmul(x_block);
+            w_gradient = Some(match w_gradient {
+                Some(sum) => sum + partial,
+                None => partial,
+            });
+        }
     }
     let graph = match w_gradient {
-        // The gradients are constants of this scalar, so its own gradient is them.
         Some(w_gradient) => {
-            (bottleneck * Tensor::from_inner(Tensor::cat(x_gradients, 0))).sum()
-                + (vectors * Tensor::from_inner(w_gradient)).sum()
+            let x_gradient = if x_gradients.len() == 1 { x_gradients.remove(0) } else { Tensor::cat(x_gradients, 0) };
+            kernels::with_gradients([bottleneck, vectors], [x_gradient, w_gradient])
         }
         None if tracked => (bottleneck.sum() + vectors.sum()) * 0.0,
         None => value.clone(),
     };
     Loss { value, graph }
+}
+
+/// The rows of groups of so many rows each, in order, in blocks of at most `limit`: pieces of consecutive groups. Each block
+/// meets all prototypes, which takes as long for a few rows as for many.
+fn blocks(counts: &[usize], limit: usize) -> Vec<Vec<(usize, Range<usize>)>> {
+    let mut blocks: Vec<Vec<_>> = Vec::new();
+    let mut room = 0;
+    for (group, &count) in counts.iter().enumerate() {
+        let mut start = 0;
+        while start < count {
+            if room == 0 {
+                blocks.push(Vec::new());
+                room = limit;
+            }
+            let end = (start + room).min(count);
+            blocks.last_mut().expect("a block with room").push((group, start..end));
+            room -= end - start;
+            start = end;
+        }
+    }
+    blocks
 }
 
 #[cfg(test)]
@@ -123,6 +151,13 @@ mod tests {
     }
 
     #[test]
+    fn blocks_cover_every_row_in_order() {
+        let found = blocks(&[3, 0, 2, 4], 4);
+        assert_eq!(found, [vec![(0, 0..3), (2, 0..1)], vec![(2, 1..2), (3, 0..3)], vec![(3, 3..4)]]);
+        assert!(blocks(&[0], 4).is_empty());
+    }
+
+    #[test]
     fn equals_the_definition_and_its_gradients_whatever_the_block() {
         let device = Device::flex().autodiff();
         let plain_device = Device::flex();
@@ -141,7 +176,8 @@ mod tests {
                 mass: 2.0,
                 weights: weights.clone().slice(s![rows]),
             });
-            for block_elements in [1, 2 * k, 1000] {
+            // A row; pieces of one and of both groups; all.
+            for block_elements in [1, 2 * k, 5 * k, 1000] {
                 let loss = cross_entropy_in_blocks(x.clone(), w.clone(), &halves, 0.1, block_elements);
                 let value = doubles(&loss.value)[0];
                 assert!((value - expected).abs() < 2e-6 * expected.abs(), "{value} is not {expected}");
@@ -158,6 +194,6 @@ mod tests {
                 }
             }
         }
-        assert_eq!(cases, 20 * 3 * (m + k) * b);
+        assert_eq!(cases, 20 * 4 * (m + k) * b);
     }
 }
