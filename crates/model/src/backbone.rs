@@ -8,7 +8,8 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ConvNext, ConvNextConfig, CropGroup, Features, LayerFeatures, ModelError, StochasticDraws, Vit, VitConfig, convnext,
+    ConvNext, ConvNextConfig, CropGroup, Features, LayerFeatures, ModelError, SelectedFeatures, StochasticDraws, Vit,
+    VitConfig, convnext, layers::select_rows,
 };
 
 /// The complete description of a backbone; nothing in it is implied.
@@ -184,15 +185,29 @@ impl Backbone {
         }
     }
 
-    /// The CLS tokens of [`forward_train`](Self::forward_train) without mask, `[B, D]`, without what only the patch tokens
-    /// need.
+    /// CLS and some patch tokens of [`forward`](Self::forward), or with draws of [`forward_train`](Self::forward_train),
+    /// without what only the others need.
     ///
     /// # Shapes
-    /// As [`forward`](Self::forward).
-    pub fn cls_train(&self, images: Tensor<4>, group: CropGroup, draws: &StochasticDraws) -> Tensor<2> {
+    /// `images` and `mask` as there; `patches` are places in the flattened list `[B·P]`, in ascending order.
+    pub fn forward_selected(
+        &self,
+        images: Tensor<4>,
+        mask: Option<Tensor<2, Bool>>,
+        group: CropGroup,
+        draws: Option<&StochasticDraws>,
+        patches: &[usize],
+    ) -> SelectedFeatures {
         match self {
-            Self::Vit(vit) => vit.cls_train(images, group, draws),
-            Self::ConvNext(convnext) => convnext.forward_train(images, draws).cls,
+            Self::Vit(vit) => vit.forward_selected(images, mask, group, draws, patches),
+            Self::ConvNext(convnext) => {
+                let Features { cls, patches: all, .. } = match draws {
+                    Some(draws) => convnext.forward_train(images, draws),
+                    None => convnext.forward(images),
+                };
+                let [batch, count, dim] = all.dims();
+                SelectedFeatures { cls, patches: select_rows(all.reshape([batch * count, dim]), patches) }
+            }
         }
     }
 

@@ -35,6 +35,18 @@ impl BranchDraw {
         let scale = (1.0 / (1.0 - rate)) as f32;
         Self::Scale(uniform.into_iter().map(|u| if u < rate { 0.0 } else { scale }).collect())
     }
+
+    /// The draw of a list of tokens, each a sample of its own: every token has what its sample of the `batch` drew.
+    pub(crate) fn of_tokens(&self, samples: impl Iterator<Item = usize>, batch: usize) -> Self {
+        match self {
+            Self::Keep => Self::Keep,
+            Self::Subset(kept) => {
+                let scale = (batch as f64 / kept.len() as f64) as f32;
+                Self::Scale(samples.map(|sample| if kept.contains(&sample) { scale } else { 0.0 }).collect())
+            }
+            Self::Scale(factors) => Self::Scale(samples.map(|sample| factors[sample]).collect()),
+        }
+    }
 }
 
 /// The draws of one crop group in one forward.

@@ -1,7 +1,7 @@
 //! The layers of a transformer block, named as the references name them.
 
 use burn::module::{Module, Param};
-use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation, s};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation};
 use dinoxide_kernels as kernels;
 use dinoxide_kernels::{Normalization, Projection, RopeTable};
 use rand::Rng;
@@ -81,6 +81,16 @@ pub(crate) fn on_rows(x: Tensor<3>, layer: impl FnOnce(Tensor<2>) -> Tensor<2>) 
     let y = layer(x.reshape([batch * tokens, dim]));
     let dim = y.dims()[1];
     y.reshape([batch, tokens, dim])
+}
+
+/// Some rows of a matrix.
+pub(crate) fn select_rows(x: Tensor<2>, rows: &[usize]) -> Tensor<2> {
+    if rows.is_empty() {
+        return Tensor::zeros([0, x.dims()[1]], &x.device());
+    }
+    let rows: Vec<i32> = rows.iter().map(|&row| row as i32).collect();
+    let rows = Tensor::<1, Int>::from_data(TensorData::from(rows.as_slice()), &x.device());
+    x.select(0, rows)
 }
 
 /// A learned factor per channel on a residual branch (Touvron et al. 2021, eq. 3).
@@ -265,29 +275,50 @@ impl Block {
         self.feed_forward(x, feed_forward)
     }
 
-    /// [`forward`](Self::forward), of which only the first token of each sequence is computed: `[B, N, D]` → `[B, 1, D]`.
+    /// What [`forward`](Self::forward) makes of the tokens at `rows`, ascending places in the flattened list `[B·N]`, alone:
+    /// `x [B, N, D]` → `[rows, 1, D]`.
     ///
     /// # Panics
     /// If there are not two draws.
-    pub(crate) fn forward_first(&self, x: Tensor<3>, rope: Option<&RopeTable>, draws: &[BranchDraw]) -> Tensor<3> {
+    pub(crate) fn forward_rows(
+        &self,
+        x: Tensor<3>,
+        rope: Option<&RopeTable>,
+        draws: &[BranchDraw],
+        rows: &[usize],
+    ) -> Tensor<3> {
         let [attention, feed_forward] = draws else { panic!("{} draws for the two branches of a block", draws.len()) };
-        let first = self.attention(x, rope, attention).slice(s![.., 0..1, ..]);
-        self.feed_forward(first, feed_forward)
+        let [batch, tokens, dim] = x.dims();
+        let x = match (attention, self.attention_branch()) {
+            (BranchDraw::Keep, Some(branch)) => kernels::selected_attention(x, rows, branch, self.attn.num_heads, rope),
+            _ => select_rows(self.attention(x, rope, attention).reshape([batch * tokens, dim]), rows),
+        };
+        let draw = feed_forward.of_tokens(rows.iter().map(|row| row / tokens), batch);
+        self.feed_forward(x.reshape([rows.len(), 1, dim]), &draw)
     }
 
     /// The first branch.
     fn attention(&self, x: Tensor<3>, rope: Option<&RopeTable>, draw: &BranchDraw) -> Tensor<3> {
-        let gamma = self.ls1.as_ref().map(|scale| scale.gamma.val());
         let attn = &self.attn;
-        match (draw, self.norm1.normalization()) {
-            (BranchDraw::Keep, Some(norm)) => {
-                let first = Projection { weight: attn.qkv.weight.val(), bias: attn.qkv_bias() };
-                let last = attn.proj.projection();
-                let branch = kernels::Branch { norm, first, last, gamma, recompute: self.recompute };
-                kernels::attention(x, branch, attn.num_heads, rope)
+        match (draw, self.attention_branch()) {
+            (BranchDraw::Keep, Some(branch)) => kernels::attention(x, branch, attn.num_heads, rope),
+            _ => {
+                let gamma = self.ls1.as_ref().map(|scale| scale.gamma.val());
+                branch(x, draw, gamma, |x| attn.forward(self.norm1.forward_tokens(x), rope))
             }
-            _ => branch(x, draw, gamma, |x| attn.forward(self.norm1.forward_tokens(x), rope)),
         }
+    }
+
+    /// What the first branch is made of, where it has a layer norm.
+    fn attention_branch(&self) -> Option<kernels::Branch> {
+        let attn = &self.attn;
+        Some(kernels::Branch {
+            norm: self.norm1.normalization()?,
+            first: Projection { weight: attn.qkv.weight.val(), bias: attn.qkv_bias() },
+            last: attn.proj.projection(),
+            gamma: self.ls1.as_ref().map(|scale| scale.gamma.val()),
+            recompute: self.recompute,
+        })
     }
 
     /// The second branch.

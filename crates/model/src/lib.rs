@@ -30,7 +30,7 @@ pub use head::{HeadConfig, HeadNorm, ProjectionHead, Prototypes};
 pub use layers::{Block, Ffn, LayerScale, Linear, Norm, SelfAttention};
 pub use projector::Projector;
 pub use rope::{Rope, RopeDraw};
-pub use vit::{CropGroup, Features, LayerFeatures, Vit};
+pub use vit::{CropGroup, Features, LayerFeatures, SelectedFeatures, Vit};
 
 /// What can be wrong with a model's description.
 #[derive(Debug, thiserror::Error)]

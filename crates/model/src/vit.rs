@@ -13,7 +13,7 @@ use crate::{
     draws::{BranchDraw, StochasticDraws},
     init::Init,
     interpolation::{self, Filter},
-    layers::{Block, Norm},
+    layers::{Block, Norm, select_rows},
     rope::{Rope, RopeDraw},
 };
 
@@ -72,6 +72,15 @@ pub struct Features {
     pub patches: Tensor<3>,
     /// All tokens before the final norm, `[B, N, D]`; of a ConvNeXt the patch tokens, `[B, P, D]`.
     pub prenorm: Tensor<3>,
+}
+
+/// Tokens after the final norm of which a caller looks at no others.
+#[derive(Clone, Debug)]
+pub struct SelectedFeatures {
+    /// CLS, `[B, D]`.
+    pub cls: Tensor<2>,
+    /// The patch tokens that were asked for, in this order, `[M, D]`.
+    pub patches: Tensor<2>,
 }
 
 /// Tokens of one intermediate block or stage, `D` being its width.
@@ -177,17 +186,43 @@ impl Vit {
         self.forward_with(images, mask, group, Some(draws))
     }
 
-    /// The CLS tokens of [`forward_train`](Self::forward_train) without mask, `[B, D]`. What the last block's feed-forward
-    /// layer would make of the other tokens is left out.
+    /// CLS and some patch tokens of [`forward`](Self::forward), or with draws of [`forward_train`](Self::forward_train). What
+    /// the last block would make of the other tokens, beyond their keys and values, is left out.
     ///
     /// # Shapes
-    /// `images [B, C, H, W]`.
-    pub fn cls_train(&self, images: Tensor<4>, group: CropGroup, draws: &StochasticDraws) -> Tensor<2> {
+    /// `images` and `mask` as there; `patches` are places in the flattened list `[B·P]`, in ascending order.
+    pub fn forward_selected(
+        &self,
+        images: Tensor<4>,
+        mask: Option<Tensor<2, Bool>>,
+        group: CropGroup,
+        draws: Option<&StochasticDraws>,
+        patches: &[usize],
+    ) -> SelectedFeatures {
+        let (batch, grid) = (images.dims()[0], self.grid(&images));
+        let (prefix, count) = (1 + self.config.register_tokens, grid.0 * grid.1);
+        // The tokens of each image in their order, and where in this list CLS and patches are.
+        let (mut rows, mut of_cls, mut of_patches) = (Vec::new(), Vec::new(), Vec::new());
+        let mut rest = patches.iter().copied().peekable();
+        for image in 0..batch {
+            of_cls.push(rows.len());
+            rows.push(image * (prefix + count));
+            while let Some(patch) = rest.next_if(|patch| patch / count == image) {
+                of_patches.push(rows.len());
+                rows.push(image * (prefix + count) + prefix + patch % count);
+            }
+        }
+        assert_eq!(rest.next(), None, "patches of {batch} images of {count}: not in ascending order, or outside");
         let mut last = None;
-        self.run_blocks(images, None, Some(draws), true, |_, x| last = Some(x.clone()));
-        let cls = last.expect("a backbone has at least one block");
-        let [batch, _, dim] = cls.dims();
-        self.cls_norm(group, true).forward(cls.reshape([batch, dim]))
+        self.run_blocks(images, mask, draws, Some(&rows), |_, x| last = Some(x.clone()));
+        let tokens = last.expect("a backbone has at least one block");
+        let dim = tokens.dims()[2];
+        let tokens = tokens.reshape([rows.len(), dim]);
+        let cls_norm = self.cls_norm(group, draws.is_some());
+        SelectedFeatures {
+            cls: cls_norm.forward(select_rows(tokens.clone(), &of_cls)),
+            patches: self.norm.forward(select_rows(tokens, &of_patches)),
+        }
     }
 
     /// The final norm of CLS tokens and registers.
@@ -207,7 +242,7 @@ impl Vit {
         draws: Option<&StochasticDraws>,
     ) -> Features {
         let mut last = None;
-        self.run_blocks(images, mask, draws, false, |_, x| last = Some(x.clone()));
+        self.run_blocks(images, mask, draws, None, |_, x| last = Some(x.clone()));
         let prenorm = last.expect("a backbone has at least one block");
         let cls_norm = self.cls_norm(group, draws.is_some());
         let LayerFeatures { cls, registers, patches } = self.split(prenorm.clone(), Some((cls_norm, &self.norm)));
@@ -220,7 +255,7 @@ impl Vit {
     /// As [`forward`](Self::forward).
     pub fn forward_layers(&self, images: Tensor<4>, layers: &[usize], norm: bool) -> Vec<LayerFeatures> {
         let mut found = Vec::with_capacity(layers.len());
-        self.run_blocks(images, None, None, false, |block, x| {
+        self.run_blocks(images, None, None, None, |block, x| {
             if layers.contains(&block) {
                 let norms = norm.then(|| (self.cls_norm.as_ref().unwrap_or(&self.norm), &self.norm));
                 found.push(self.split(x.clone(), norms));
@@ -260,13 +295,14 @@ impl Vit {
         (height / patch, width / patch)
     }
 
-    /// Runs the blocks, showing each one's output; with `cls_only`, the last one's is that of the CLS tokens, `[B, 1, D]`.
+    /// Runs the blocks, showing each one's output. With `rows`, ascending places in the flattened list of tokens, the last
+    /// block's is that of these tokens alone, `[rows, 1, D]`.
     fn run_blocks(
         &self,
         images: Tensor<4>,
         mask: Option<Tensor<2, Bool>>,
         draws: Option<&StochasticDraws>,
-        cls_only: bool,
+        rows: Option<&[usize]>,
         mut after: impl FnMut(usize, &Tensor<3>),
     ) {
         let grid = self.grid(&images);
@@ -279,10 +315,9 @@ impl Vit {
             let turned = draws.and_then(|draws| draws.rope.get(i).and_then(table));
             let rope = still.as_ref().or(turned.as_ref());
             let branches = draws.map_or(KEEP, |draws| &draws.branches[2 * i..2 * i + 2]);
-            x = if cls_only && i + 1 == self.blocks.len() {
-                block.forward_first(x, rope, branches)
-            } else {
-                block.forward(x, rope, branches)
+            x = match rows {
+                Some(rows) if i + 1 == self.blocks.len() => block.forward_rows(x, rope, branches, rows),
+                _ => block.forward(x, rope, branches),
             };
             after(i, &x);
         }

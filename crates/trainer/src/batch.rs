@@ -1,6 +1,6 @@
 //! A batch: crops with their masks, on the device.
 
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData, s};
+use burn::tensor::{Bool, Device, Tensor, TensorData, s};
 use dinoxide_augmentation::{Crops, Masks, RgbImage, normalize};
 
 /// What a step trains on.
@@ -140,18 +140,14 @@ fn stack<'a>(
 pub(crate) struct DeviceMasks {
     /// `[crops, P]`.
     pub(crate) mask: Tensor<2, Bool>,
-    /// `[M]`, positions in the flattened mask.
-    pub(crate) indices: Tensor<1, Int>,
     /// `[M]`.
     pub(crate) weights: Tensor<1>,
 }
 
 impl DeviceMasks {
     pub(crate) fn new(masks: &Masks, device: &Device) -> Self {
-        let indices: Vec<i32> = masks.indices.iter().map(|&i| i as i32).collect();
         Self {
             mask: Tensor::from_data(TensorData::new(masks.mask.clone(), [masks.crops, masks.patches]), device),
-            indices: Tensor::from_data(TensorData::from(indices.as_slice()), device),
             weights: Tensor::from_data(TensorData::from(masks.weights.as_slice()), device),
         }
     }

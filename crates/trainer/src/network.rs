@@ -46,27 +46,56 @@ impl Network {
         self.ibot_head.as_ref().unwrap_or(&self.dino_head)
     }
 
-    /// Features of crops stacked along the batch: the student's with draws, the teacher's without.
-    ///
-    /// # Shapes
-    /// `crops [V, B, C, H, W]`, `mask [V·B, P]`.
-    pub fn features(
+    /// The CLS tokens of crops `[V, B, C, H, W]` under a mask `[V·B, P]`, `[V·B, D]`: the student's with draws, the teacher's
+    /// without.
+    pub fn cls(
         &self,
         crops: Tensor<5>,
         mask: Option<Tensor<2, Bool>>,
         group: CropGroup,
         draws: Option<&StochasticDraws>,
-    ) -> Features {
+    ) -> Tensor<2> {
+        self.backbone.forward_selected(flat(crops), mask, group, draws, &[]).cls
+    }
+}
+
+/// The tokens of the global crops that somebody looks at.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    /// `[2B, D]`.
+    pub(crate) cls: Tensor<2>,
+    /// Those of the masked patches, `[M, D]`; what iBOT compares.
+    pub(crate) masked: Tensor<2>,
+    /// `[2B, P, D]`, where a loss looks at all patches.
+    pub(crate) patches: Option<Tensor<3>>,
+}
+
+impl Seen {
+    /// What `backbone` says of global crops `[2, B, C, H, W]`: the student with draws, the teacher without. Of the patches
+    /// those at `masked`, places in the list of all, and where they are `wanted`, all.
+    pub(crate) fn new(
+        backbone: &Backbone,
+        crops: Tensor<5>,
+        mask: Option<Tensor<2, Bool>>,
+        draws: Option<&StochasticDraws>,
+        masked: &[usize],
+        wanted: bool,
+    ) -> Self {
         let images = flat(crops);
-        match draws {
-            Some(draws) => self.backbone.forward_train(images, mask, group, draws),
-            None => self.backbone.forward(images, mask),
+        if !wanted {
+            let found = backbone.forward_selected(images, mask, CropGroup::Global, draws, masked);
+            return Self { cls: found.cls, masked: found.patches, patches: None };
         }
+        let Features { cls, patches, .. } = match draws {
+            Some(draws) => backbone.forward_train(images, mask, CropGroup::Global, draws),
+            None => backbone.forward(images, mask),
+        };
+        Self::of_all(cls, patches, masked)
     }
 
-    /// The student's CLS tokens of local crops `[L, B, C, h, w]`, `[L·B, D]`.
-    pub fn local_cls(&self, crops: Tensor<5>, draws: &StochasticDraws) -> Tensor<2> {
-        self.backbone.cls_train(flat(crops), CropGroup::Local, draws)
+    /// Of tokens that are all there, `[2B, D]` and `[2B, P, D]`.
+    pub(crate) fn of_all(cls: Tensor<2>, patches: Tensor<3>, masked: &[usize]) -> Self {
+        Self { cls, masked: gather(patches.clone(), masked), patches: Some(patches) }
     }
 }
 
@@ -82,7 +111,9 @@ pub(crate) fn rows(tokens: Tensor<3>) -> Tensor<2> {
     tokens.reshape([batch * count, dim])
 }
 
-/// The rows of tokens `[B, N, D]` at `indices` into their flattened list.
-pub(crate) fn gather(tokens: Tensor<3>, indices: Tensor<1, Int>) -> Tensor<2> {
+/// The rows of tokens `[B, N, D]` at `places` in their flattened list.
+pub(crate) fn gather(tokens: Tensor<3>, places: &[usize]) -> Tensor<2> {
+    let places: Vec<i32> = places.iter().map(|&place| place as i32).collect();
+    let indices = Tensor::<1, Int>::from_data(places.as_slice(), &tokens.device());
     rows(tokens).select(0, indices)
 }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
+use dinoxide_kernels as kernels;
 use dinoxide_losses::center::Center;
 use dinoxide_model::{Architecture, Backbone, CropGroup, HeadConfig, StochasticDraws, parameters, weights::host};
 use rand::Rng;
@@ -154,9 +155,9 @@ pub fn train_step(
     let (mut clock, mut timings) = (Stopwatch(Instant::now()), Timings::default());
     let parts = batch.divide(draws.len());
 
-    let outputs: Vec<TeacherOutputs> = parts.iter().map(|part| teacher_outputs(state, part, config)).collect();
+    let mut outputs: Vec<TeacherOutputs> = parts.iter().map(|part| teacher_outputs(state, part, config)).collect();
     timings.teacher = clock.lap();
-    let (targets, target_entropy) = center(state, &outputs, config, &at);
+    let (targets, target_entropy) = center(state, &mut outputs, config, &at);
     timings.targets = clock.lap();
 
     // KoLeo's gradient needs the CLS tokens of the whole batch; with several micro-batches they take a forward of their own.
@@ -166,21 +167,23 @@ pub fn train_step(
 
     let mut losses = LossValues::default();
     let mut gradients = Gradients::new();
-    for (i, part) in parts.iter().enumerate() {
+    for ((i, part), mut targets) in parts.iter().enumerate().zip(targets) {
         let share = part.len() as f64 / batch.len() as f64;
         let judgement = Judgement {
             config,
-            targets: &targets[i],
             guidance: &outputs[i].guidance,
             spread: spread.as_ref().map(|s| &s.gradients[i]),
             whole_batch: batch.len(),
             sees_all,
         };
-        let terms = student_losses(&state.student, part, &draws[i], &judgement);
-        losses.add(&terms, share);
-        timings.student += clock.lap();
-        accumulate(&mut gradients, &state.student, weighted_sum(terms, share, config));
-        timings.backward += clock.lap();
+        // One group of crops after the other: what is kept for the backward pass of the first is gone before the second.
+        for group in [CropGroup::Global, CropGroup::Local].into_iter().zip(&draws[i]) {
+            let terms = student_losses(&state.student, part, group, &mut targets, &judgement);
+            losses.add(&terms, share);
+            timings.student += clock.lap();
+            accumulate(&mut gradients, &state.student, weighted_sum(terms, share, config));
+            timings.backward += clock.lap();
+        }
     }
     if let Some(spread) = &spread {
         losses.koleo = Some(spread.value);
@@ -218,7 +221,8 @@ fn accumulate(gradients: &mut Gradients, student: &Network, objective: Option<Te
                 let gradient = gradient.reshape([-1]);
                 let name = self.path.name();
                 let gradient = match self.into.remove(&name) {
-                    Some(sum) => sum + gradient,
+                    // A sum on all threads, in the memory of the one so far.
+                    Some(sum) => kernels::residual(sum.unsqueeze(), gradient.unsqueeze(), None).reshape([-1]),
                     None => gradient,
                 };
                 self.into.insert(name, gradient);
@@ -257,10 +261,10 @@ fn require_finite(
 
 /// The samples whose own features are not finite; all samples when none stands out.
 fn suspects(state: &TrainState, batch: &Batch, config: &LossConfig) -> Vec<String> {
-    let cls = state.teacher.features(batch.global.clone(), None, CropGroup::Global, None).cls;
+    let cls = state.teacher.cls(batch.global.clone(), None, CropGroup::Global, None);
     let mut sums = host(cls.sum_dim(1).reshape([-1]));
     if let Some(local) = config.local_crops(batch) {
-        let cls = state.teacher.features(local, None, CropGroup::Global, None).cls;
+        let cls = state.teacher.cls(local, None, CropGroup::Global, None);
         sums.extend(host(cls.sum_dim(1).reshape([-1])));
     }
     let bad = |b: usize| sums.iter().skip(b).step_by(batch.len()).any(|sum| !sum.is_finite());

@@ -5,9 +5,9 @@ use dinoxide_losses::{center::Center, sinkhorn::sinkhorn_knopp};
 use dinoxide_model::{Architecture, Backbone, ProjectionHead, interpolation::resize_tokens, weights::host};
 use serde::{Deserialize, Serialize};
 
-use crate::batch::{Batch, DeviceMasks, TeacherTokens};
+use crate::batch::{Batch, TeacherTokens};
 use crate::loss::{CenterOver, Centering, EMA, GramConfig, LossConfig};
-use crate::network::{flat, gather, rows};
+use crate::network::{Seen, flat, rows};
 use crate::schedule::Scheduled;
 use crate::step::TrainState;
 
@@ -118,28 +118,32 @@ pub(crate) struct Guidance {
 /// The teacher sees the global crops, unmasked; no gradient reaches it.
 pub(crate) fn teacher_outputs(state: &TrainState, part: &Batch, config: &LossConfig) -> TeacherOutputs {
     let teacher = Teacher::of(state);
-    let tokens = part
-        .tokens
-        .clone()
-        .unwrap_or_else(|| tokens_of(teacher.backbone.expect("a teacher in memory, or its tokens in the batch"), part));
-    let TeacherTokens { cls, patches } = tokens;
-    let ([views, batch, dim], [_, _, count, _]) = (cls.dims(), patches.dims());
-    let tokens =
-        Tokens { cls: cls.reshape([views * batch, dim]), patches: patches.reshape([views * batch, count, dim]) };
-    let guidance = guidance(state, part, &tokens, config);
-    let cls = (config.dino_weight > 0.0).then(|| required(teacher.dino_head).forward(tokens.cls));
+    let center_of_all = config.patch_center == CenterOver::All && config.centering == Centering::Softmax;
+    let masked: &[usize] = if config.ibot_weight > 0.0 { &part.masks.indices } else { &[] };
+    let seen = match &part.tokens {
+        Some(TeacherTokens { cls, patches }) => {
+            let ([views, batch, dim], [_, _, count, _]) = (cls.dims(), patches.dims());
+            let cls = cls.clone().reshape([views * batch, dim]);
+            Seen::of_all(cls, patches.clone().reshape([views * batch, count, dim]), masked)
+        }
+        None => {
+            let backbone = teacher.backbone.expect("a teacher in memory, or its tokens in the batch");
+            let wanted = guides_by_patches(state, config) || (config.ibot_weight > 0.0 && center_of_all);
+            Seen::new(backbone, part.global.clone(), None, None, masked, wanted)
+        }
+    };
+    let guidance = guidance(state, part, &seen, config);
+    let cls = (config.dino_weight > 0.0).then(|| required(teacher.dino_head).forward(seen.cls));
     if config.ibot_weight == 0.0 {
         return TeacherOutputs { cls, patches: None, all_patches_mean: None, guidance };
     }
-    let masks = DeviceMasks::new(&part.masks, &part.global.device());
     let head = required(teacher.patch_head);
-    let all_patches_mean =
-        (config.patch_center == CenterOver::All && config.centering == Centering::Softmax).then(|| {
-            // Logits are linear in the bottleneck: the mean of the logits is the logits of the mean.
-            let bottleneck = head.bottleneck(rows(tokens.patches.clone()));
-            bottleneck.mean_dim(0).matmul(head.patch_prototypes().vectors().transpose())
-        });
-    let patches = head.forward_patches(gather(tokens.patches, masks.indices));
+    let all_patches_mean = seen.patches.filter(|_| center_of_all).map(|patches| {
+        // Logits are linear in the bottleneck: the mean of the logits is the logits of the mean.
+        let bottleneck = head.bottleneck(rows(patches));
+        bottleneck.mean_dim(0).matmul(head.patch_prototypes().vectors().transpose())
+    });
+    let patches = head.forward_patches(seen.masked);
     TeacherOutputs { cls, patches: Some(patches), all_patches_mean, guidance }
 }
 
@@ -147,8 +151,16 @@ fn required(head: Option<&ProjectionHead>) -> &ProjectionHead {
     head.expect("the recipe was checked for heads")
 }
 
-/// Of `tokens`, the teacher's on the global crops, and of the Gram teacher's, those that a loss asks for.
-fn guidance(state: &TrainState, part: &Batch, tokens: &Tokens, config: &LossConfig) -> Guidance {
+/// Whether the student is compared with all patch tokens of the teacher: a frozen one's, or the running mean's in a Gram loss
+/// that has no teacher of its own.
+fn guides_by_patches(state: &TrainState, config: &LossConfig) -> bool {
+    let gram = config.gram.weight > 0.0 && state.gram_teacher.is_none() && config.gram.teacher == EMA;
+    gram || (state.frozen.is_some() && config.features.is_used())
+}
+
+/// Of what the teacher has `seen` in the global crops, and of the Gram teacher's tokens, those that a loss asks for.
+fn guidance(state: &TrainState, part: &Batch, seen: &Seen, config: &LossConfig) -> Guidance {
+    let patches = || seen.patches.clone().expect("patches that a loss compares with are computed");
     let size = |crops: &Tensor<5>| (crops.dims()[3], crops.dims()[4]);
     let grid = |architecture: &Architecture, (height, width): (usize, usize)| {
         architecture.grid(height, width).expect("the recipe was checked for sizes")
@@ -158,7 +170,7 @@ fn guidance(state: &TrainState, part: &Batch, tokens: &Tokens, config: &LossConf
     let resized = |patches: Tensor<3>, from| resize_tokens(patches, from, own, resize, antialias);
     let matched = state.frozen.as_ref().filter(|_| config.features.is_used()).map(|frozen| {
         let from = grid(&frozen.architecture, size(&part.global));
-        Tokens { patches: resized(tokens.patches.clone(), from), ..tokens.clone() }
+        Tokens { cls: seen.cls.clone(), patches: resized(patches(), from) }
     });
     let gram = (config.gram.weight > 0.0).then(|| match (&state.gram_teacher, config.gram.teacher.as_str()) {
         (Some(backbone), _) => {
@@ -166,45 +178,50 @@ fn guidance(state: &TrainState, part: &Batch, tokens: &Tokens, config: &LossConf
             let patches = backbone.forward(flat(crops.clone()), None).patches;
             Some(resized(patches, grid(&backbone.architecture(), size(crops))))
         }
-        (None, EMA) => Some(tokens.patches.clone()),
+        (None, EMA) => Some(patches()),
         // The snapshot is not due yet.
         (None, _) => None,
     });
     Guidance { features: matched, gram: gram.flatten() }
 }
 
-/// Targets of each micro-batch from the logits of all, with the entropies of the CLS targets.
+/// Targets of each micro-batch from the logits of all, with the entropies of the CLS targets. Logits that no center will
+/// ask for are taken, and their memory with them.
 pub(crate) fn center(
     state: &TrainState,
-    logits: &[TeacherOutputs],
+    logits: &mut [TeacherOutputs],
     config: &LossConfig,
     at: &Scheduled,
 ) -> (Vec<Targets>, Option<TargetEntropy>) {
+    let rows = |logits: &Option<Tensor<2>>| logits.as_ref().map(|logits| logits.dims()[0]);
+    let counts: Vec<_> = logits.iter().map(|l| (rows(&l.cls), rows(&l.patches))).collect();
     // The targets of all micro-batches as one tensor; `None` when the recipe leaves out the loss that they are for.
-    let targets = |logits: Vec<Option<Tensor<2>>>, center: &Center, temperature: f64| {
-        let all = logits.into_iter().collect::<Option<Vec<_>>>()?;
-        let all = Tensor::cat(all, 0);
+    let targets = |logits: Vec<&mut Option<Tensor<2>>>, center: &Center, temperature: f64| {
+        let keep = config.centering == Centering::Softmax;
+        let own = logits.into_iter().map(|logits| if keep { logits.clone() } else { logits.take() });
+        let mut all = own.collect::<Option<Vec<_>>>()?;
+        let all = if all.len() == 1 { all.remove(0) } else { Tensor::cat(all, 0) };
         Some(match config.centering {
             Centering::Sinkhorn => sinkhorn_knopp(all, temperature, config.sinkhorn_iterations),
             Centering::Softmax => center.targets(all, temperature),
         })
     };
-    let cls = targets(logits.iter().map(|l| l.cls.clone()).collect(), &state.cls_center, at.teacher_temp);
+    let cls = targets(logits.iter_mut().map(|l| &mut l.cls).collect(), &state.cls_center, at.teacher_temp);
     let patches =
-        targets(logits.iter().map(|l| l.patches.clone()).collect(), &state.patch_center, at.teacher_patch_temp);
+        targets(logits.iter_mut().map(|l| &mut l.patches).collect(), &state.patch_center, at.teacher_patch_temp);
     let (mut first_cls, mut first_patch) = (0, 0);
     // The rows of a micro-batch among all.
-    let own = |all: &Option<Tensor<2>>, first: &mut usize, logits: &Option<Tensor<2>>| {
-        let (all, count) = (all.as_ref()?, logits.as_ref()?.dims()[0]);
+    let own = |all: &Option<Tensor<2>>, first: &mut usize, count: Option<usize>| {
+        let (all, count) = (all.as_ref()?, count?);
         *first += count;
         Some(all.clone().slice(s![*first - count..*first, ..]))
     };
-    let parts = logits.iter().map(|logits| {
-        let cls = own(&cls, &mut first_cls, &logits.cls).map(|targets| {
+    let parts = counts.into_iter().map(|(cls_rows, patch_rows)| {
+        let cls = own(&cls, &mut first_cls, cls_rows).map(|targets| {
             let [rows, prototypes] = targets.dims();
             targets.reshape([2, rows / 2, prototypes])
         });
-        Targets { cls, patches: own(&patches, &mut first_patch, &logits.patches) }
+        Targets { cls, patches: own(&patches, &mut first_patch, patch_rows) }
     });
     let parts = parts.collect();
     (parts, cls.map(target_entropy))

@@ -8,15 +8,15 @@ use dinoxide_losses::{
     gram::{Negatives, gram},
     ibot, koleo,
 };
-use dinoxide_model::{CropGroup, Features, StochasticDraws, weights::host};
+use dinoxide_model::{CropGroup, StochasticDraws, weights::host};
 
 use crate::batch::{Batch, DeviceMasks};
 use crate::loss::{GramTokens, LossConfig, LossValues};
-use crate::network::{Network, gather, rows};
+use crate::network::{Network, Seen, gather, rows};
 use crate::step::StepDraws;
 use crate::targets::{Guidance, Targets};
 
-/// The terms of one micro-batch; a mean over its own samples, except for iBOT (see [`ibot::masked_patches`]).
+/// The terms of a micro-batch, or of a group of its crops; a mean over its own samples, except for iBOT (see [`ibot::masked_patches`]).
 #[derive(Default)]
 pub(crate) struct Terms {
     dino_global: Option<Loss>,
@@ -36,7 +36,6 @@ pub(crate) struct Terms {
 /// What one micro-batch is judged by.
 pub(crate) struct Judgement<'a> {
     pub(crate) config: &'a LossConfig,
-    pub(crate) targets: &'a Targets,
     pub(crate) guidance: &'a Guidance,
     /// Gradient of KoLeo with respect to the CLS tokens, when it belongs to the whole batch.
     pub(crate) spread: Option<&'a Tensor<2>>,
@@ -46,43 +45,65 @@ pub(crate) struct Judgement<'a> {
     pub(crate) sees_all: bool,
 }
 
+impl Judgement<'_> {
+    /// Whether a loss looks at patches that are not masked.
+    fn looks_at_all_patches(&self) -> bool {
+        let weights = &self.config.features;
+        let matched = weights.patch_weight > 0.0 || weights.relation_weight > 0.0;
+        self.guidance.gram.is_some() || (matched && self.guidance.features.is_some())
+    }
+}
+
+/// The terms that the crops of one group have a part in. Targets that no other group needs are taken.
 pub(crate) fn student_losses(
     student: &Network,
     part: &Batch,
-    draws: &[StochasticDraws; 2],
+    (group, draws): (CropGroup, &StochasticDraws),
+    targets: &mut Targets,
     by: &Judgement<'_>,
 ) -> Terms {
-    let Judgement { config, targets, .. } = by;
-    let device = part.global.device();
-    let masks = (config.ibot_weight > 0.0).then(|| DeviceMasks::new(&part.masks, &device));
-    let global = student_global(student, part, masks.as_ref().filter(|_| !by.sees_all), &draws[0]);
+    let mut terms = Terms { pairs: pairs(part, by.config), ..Terms::default() };
+    match group {
+        CropGroup::Global => global_losses(student, part, draws, targets, by, &mut terms),
+        CropGroup::Local => local_losses(student, part, draws, targets, by, &mut terms),
+    }
+    terms
+}
 
-    let mut terms = Terms { pairs: pairs(part, config), ..Terms::default() };
-    guided_losses(student, part, &global, by, &mut terms);
+fn global_losses(
+    student: &Network,
+    part: &Batch,
+    draws: &StochasticDraws,
+    targets: &mut Targets,
+    by: &Judgement<'_>,
+    terms: &mut Terms,
+) {
+    let config = by.config;
+    let masks = (config.ibot_weight > 0.0).then(|| DeviceMasks::new(&part.masks, &part.global.device()));
+    let mask = masks.as_ref().filter(|_| !by.sees_all).map(|masks| Tensor::<2, Bool>::from_inner(masks.mask.clone()));
+    let masked: &[usize] = if masks.is_some() { &part.masks.indices } else { &[] };
+    let crops = tracked(part.global.clone());
+    let global = Seen::new(&student.backbone, crops, mask, Some(draws), masked, by.looks_at_all_patches());
+
+    guided_losses(student, part, &global, by, terms);
     if let Some(targets) = &targets.cls {
         let head = &student.dino_head;
-        let vectors = head.last_layer.vectors();
-        let bottleneck = head.bottleneck(global.cls.clone());
         terms.dino_global = Some(dino::global(
-            bottleneck,
-            vectors.clone(),
+            head.bottleneck(global.cls.clone()),
+            head.last_layer.vectors(),
             targets.clone(),
             config.student_temp,
             config.ignore_diagonal,
         ));
-        if let Some(crops) = config.local_crops(part) {
-            let bottleneck = head.bottleneck(student.local_cls(tracked(crops), &draws[1]));
-            terms.dino_local = Some(dino::local(bottleneck, vectors, targets.clone(), config.student_temp));
-        }
     }
-    if let (Some(masks), Some(targets)) = (masks, &targets.patches) {
+    if let (Some(masks), Some(targets)) = (masks, targets.patches.take()) {
         let head = student.patch_head();
-        let bottleneck = head.bottleneck(gather(global.patches, Tensor::from_inner(masks.indices)));
+        let bottleneck = head.bottleneck(global.masked);
         let crops = 2 * by.whole_batch;
         let loss = ibot::masked_patches(
             bottleneck,
             head.patch_prototypes().vectors(),
-            targets.clone(),
+            targets,
             masks.weights,
             crops,
             config.student_temp,
@@ -95,16 +116,31 @@ pub(crate) fn student_losses(
             Some(gradient) => terms.koleo_graph = Some((global.cls * tracked(gradient.clone())).sum()),
         }
     }
-    terms
+}
+
+fn local_losses(
+    student: &Network,
+    part: &Batch,
+    draws: &StochasticDraws,
+    targets: &mut Targets,
+    by: &Judgement<'_>,
+    terms: &mut Terms,
+) {
+    if let (Some(crops), Some(targets)) = (by.config.local_crops(part), targets.cls.take()) {
+        let head = &student.dino_head;
+        let bottleneck = head.bottleneck(student.cls(tracked(crops), None, CropGroup::Local, Some(draws)));
+        terms.dino_local = Some(dino::local(bottleneck, head.last_layer.vectors(), targets, by.config.student_temp));
+    }
 }
 
 /// The losses on features: Gram anchoring, and the matching of a frozen teacher's tokens.
-fn guided_losses(student: &Network, part: &Batch, global: &Features, by: &Judgement<'_>, terms: &mut Terms) {
+fn guided_losses(student: &Network, part: &Batch, global: &Seen, by: &Judgement<'_>, terms: &mut Terms) {
     let config = by.config;
+    let patches = || global.patches.clone().expect("patches that a loss looks at are computed");
     if let Some(teacher) = &by.guidance.gram {
         let gram_config = &config.gram;
         let (ours, theirs) = match gram_config.per_image {
-            true => (global.patches.clone(), teacher.clone()),
+            true => (patches(), teacher.clone()),
             false => {
                 let chosen = |tokens: Tensor<3>| {
                     let masked = match gram_config.tokens {
@@ -112,11 +148,11 @@ fn guided_losses(student: &Network, part: &Batch, global: &Features, by: &Judgem
                         GramTokens::Masked => true,
                         GramTokens::Unmasked => false,
                     };
-                    let of = |i: &i32| part.masks.mask[*i as usize] == masked;
-                    let places: Vec<i32> = (0..part.masks.mask.len() as i32).filter(of).collect();
-                    gather(tokens.clone(), Tensor::from_data(places.as_slice(), &tokens.device())).unsqueeze::<3>()
+                    let of = |i: &usize| part.masks.mask[*i] == masked;
+                    let places: Vec<usize> = (0..part.masks.mask.len()).filter(of).collect();
+                    gather(tokens, &places).unsqueeze::<3>()
                 };
-                (chosen(global.patches.clone()), chosen(teacher.clone()))
+                (chosen(patches()), chosen(teacher.clone()))
             }
         };
         terms.gram = Some(gram(ours, theirs, gram_config.normalize, gram_config.negatives));
@@ -126,25 +162,14 @@ fn guided_losses(student: &Network, part: &Batch, global: &Features, by: &Judgem
     if let Some(projector) = &student.projector {
         terms.feature_cls = (weights.cls_weight > 0.0)
             .then(|| feature(projector.cls(global.cls.clone()), teacher.cls.clone(), weights.distance));
-        terms.feature_patch = (weights.patch_weight > 0.0).then(|| {
-            feature(projector.patches(rows(global.patches.clone())), rows(teacher.patches.clone()), weights.distance)
-        });
+        terms.feature_patch = (weights.patch_weight > 0.0)
+            .then(|| feature(projector.patches(rows(patches())), rows(teacher.patches.clone()), weights.distance));
     }
     terms.relation = (weights.relation_weight > 0.0).then(|| {
-        let patches = gram(global.patches.clone(), teacher.patches.clone(), true, Negatives::Keep);
+        let patches = gram(patches(), teacher.patches.clone(), true, Negatives::Keep);
         let cls = gram(global.cls.clone().unsqueeze(), teacher.cls.clone().unsqueeze(), true, Negatives::Keep);
         Loss { value: patches.value + cls.value, graph: patches.graph + cls.graph }
     });
-}
-
-fn student_global(
-    student: &Network,
-    part: &Batch,
-    masks: Option<&DeviceMasks>,
-    draws: &StochasticDraws,
-) -> dinoxide_model::Features {
-    let mask = masks.map(|m| Tensor::<2, Bool>::from_inner(m.mask.clone()));
-    student.features(tracked(part.global.clone()), mask, CropGroup::Global, Some(draws))
 }
 
 fn koleo_per_crop(cls: Tensor<2>, crops: usize, config: &LossConfig) -> Loss {
@@ -174,7 +199,7 @@ pub(crate) fn koleo_of_parts(
             let masks =
                 (config.ibot_weight > 0.0 && !sees_all).then(|| DeviceMasks::new(&part.masks, &part.global.device()));
             let mask = masks.map(|m| m.mask);
-            let cls = student.features(part.global.clone(), mask, CropGroup::Global, Some(&draws[0])).cls;
+            let cls = student.cls(part.global.clone(), mask, CropGroup::Global, Some(&draws[0]));
             let [rows, dim] = cls.dims();
             cls.reshape([2, rows / 2, dim])
         })
