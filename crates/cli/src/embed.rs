@@ -159,8 +159,8 @@ fn stamp(frozen: &Frozen, set: &Set, kinds: &Kinds, per_shard: usize) -> Value {
     });
     let extraction = &frozen.extraction;
     json!({
-        "weights": frozen.weights,
-        "parameters": Fingerprint::of(&frozen.backbone).map(|fingerprint| fingerprint.parameters),
+        "weights": frozen.given.weights,
+        "parameters": Fingerprint::of(&frozen.given.backbone).map(|fingerprint| fingerprint.parameters),
         "data": set.name,
         "images": set.source.len(),
         "image_names": names.finalize(),
@@ -240,7 +240,7 @@ struct Kinds {
 
 impl Kinds {
     fn new(asked: &[Kind], normalize: bool, frozen: &Frozen) -> anyhow::Result<Self> {
-        let architecture = frozen.backbone.architecture();
+        let architecture = frozen.given.backbone.architecture();
         let mut tokens = asked.to_vec();
         tokens.sort_unstable();
         tokens.dedup();
@@ -295,10 +295,10 @@ impl Kinds {
     ) -> anyhow::Result<(Shard<'_>, Vec<Rejected>)> {
         let mut shard = Shard { rows: Vec::new(), tensors: vec![Vec::new(); self.tokens.len()], kinds: self };
         let mut progress = |done: usize| frozen.log.set((before + done) as u64, String::new());
-        let Frozen { backbone, extraction, device, .. } = frozen;
+        let Frozen { given, extraction, device, .. } = frozen;
         let mut visit = |batch: Batch| shard.add(batch, source);
         let rejected = for_each_batch::<EvaluationError>(
-            backbone,
+            &given.backbone,
             source,
             indices,
             extraction,

@@ -56,7 +56,8 @@ pub(crate) struct Args {
     /// batch makes Sinkhorn's targets better. Replaces `train.batch_size`
     #[arg(long, value_name = "N")]
     batch_size: Option<usize>,
-    /// How long: "100 epochs", "5000 steps", "2M images". Replaces `train.length`; warm-ups in epochs stay as they are
+    /// How long: "100 epochs", "5000 steps", "2M images". Replaces `train.length`; warm-ups in epochs stay as they are.
+    /// "0 steps" writes the backbone as it is before training
     #[arg(long, value_name = "LENGTH")]
     length: Option<String>,
     /// Peak learning rate before scaling by the batch size. Loss rises or is not finite: halve it. Replaces

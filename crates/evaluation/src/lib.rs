@@ -9,6 +9,7 @@
 //! - [`mod@linear`]: linear classifiers trained by SGD, a grid of learning rates at once.
 //! - [`mod@logistic`]: multinomial logistic regression to convergence, a grid of regularisation strengths.
 //! - [`mod@retrieval`], [`mod@revisited`]: rankings of a gallery by similarity.
+//! - [`mod@copies`]: originals of edited copies, and the edits.
 //! - [`mod@kmeans`], [`mod@clustering`]: clusters without labels, and how they agree with classes.
 //! - [`bootstrap`]: confidence intervals of all of these.
 //! - [`mod@spectrum`]: effective rank and other signs of collapse, no labels.
@@ -18,6 +19,7 @@
 pub mod accuracy;
 pub mod bootstrap;
 pub mod clustering;
+pub mod copies;
 pub mod dense;
 pub mod depth;
 pub mod error;

@@ -5,8 +5,13 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    dense::propagation::PropagationConfig, kmeans::KMeansConfig, knn::KnnConfig, linear::LinearConfig,
-    logistic::LogisticConfig, retrieval::RetrievalConfig,
+    copies::CopiesConfig,
+    dense::{keypoints::PointConfig, propagation::PropagationConfig, transfer::PairConfig},
+    kmeans::KMeansConfig,
+    knn::KnnConfig,
+    linear::LinearConfig,
+    logistic::LogisticConfig,
+    retrieval::RetrievalConfig,
 };
 
 /// Where a feature vector comes from in the backbone's output.
@@ -17,6 +22,8 @@ pub enum Token {
     Cls,
     /// The mean over the patch tokens.
     PatchMean,
+    /// The generalised mean over the patch tokens.
+    PatchGem,
     /// The patch tokens, one feature vector each.
     Patches,
 }
@@ -61,6 +68,8 @@ pub enum Method {
     Retrieval(RetrievalConfig),
     /// Rankings with easy, hard and junk images.
     Revisited,
+    /// Originals of copies among many images.
+    Copies(CopiesConfig),
     /// k-means, compared with classes.
     Clustering(KMeansConfig),
     /// Effective rank and signs of collapse.
@@ -91,6 +100,26 @@ pub enum Method {
         /// How labels were carried on.
         propagation: PropagationConfig,
         /// How frames were fed.
+        inference: String,
+    },
+    /// Silhouettes carried from image to image.
+    Silhouettes {
+        /// Which images are paired.
+        pairs: PairConfig,
+        /// The label that is not scored.
+        ignored: u32,
+        /// How images were fed.
+        inference: String,
+    },
+    /// Keypoints carried from image to image.
+    Keypoints {
+        /// Which images are paired, or the file that says it.
+        pairs: String,
+        /// How points are found between patches.
+        points: PointConfig,
+        /// What distances are measured by: the image, or boxes.
+        extent: String,
+        /// How images were fed.
         inference: String,
     },
     /// Figure and ground.
@@ -176,6 +205,7 @@ mod tests {
             (Method::Logistic(LogisticConfig::default()), "logistic"),
             (Method::Retrieval(RetrievalConfig::default()), "retrieval"),
             (Method::Revisited, "revisited"),
+            (Method::Copies(CopiesConfig { whitening: Some(("toy".into(), 3)), ..Default::default() }), "copies"),
             (Method::Clustering(KMeansConfig::default()), "clustering"),
             (Method::Spectrum { centered: true }, "spectrum"),
             (
@@ -184,6 +214,19 @@ mod tests {
             ),
             (Method::Depth { head: "linear".into(), range: (0.001, 10.0), inference: "whole image".into() }, "depth"),
             (Method::Video { propagation: PropagationConfig::default(), inference: "whole frames".into() }, "video"),
+            (
+                Method::Silhouettes { pairs: PairConfig::default(), ignored: 255, inference: "whole image".into() },
+                "silhouettes",
+            ),
+            (
+                Method::Keypoints {
+                    pairs: "pairs.csv".into(),
+                    points: PointConfig::default(),
+                    extent: "image".into(),
+                    inference: "whole image".into(),
+                },
+                "keypoints",
+            ),
             (
                 Method::Foreground {
                     head: "linear".into(),
@@ -194,7 +237,7 @@ mod tests {
                 "foreground",
             ),
         ];
-        assert_eq!(methods.len(), 11);
+        assert_eq!(methods.len(), 14);
         for (method, task) in methods {
             let protocol = Protocol::new(method, vec![test_source()], Some(70), 30, Some(5));
             let json = serde_json::to_value(&protocol).unwrap();

@@ -22,6 +22,8 @@ pub(crate) mod draws {
     pub(crate) const BOOTSTRAP: u64 = 5;
     /// First centers of k-means. Second counter: the restart.
     pub(crate) const KMEANS: u64 = 6;
+    /// Edits that make a copy. Second counter: the image, times the number of edits, and the edit.
+    pub(crate) const COPIES: u64 = 7;
     /// Initial weights of a dense head.
     pub(crate) const HEAD_INIT: u64 = 101;
     /// The order of the images in an epoch of a dense head's training. Second counter: the epoch.
@@ -30,6 +32,8 @@ pub(crate) mod draws {
     pub(crate) const HEAD_DROPOUT: u64 = 103;
     /// The objects that are held out from a figure/ground classifier.
     pub(crate) const GROUPS: u64 = 104;
+    /// Images that something is carried from. Second counter: the group.
+    pub(crate) const PAIRS: u64 = 105;
 }
 
 /// The samples on which the best learning rate or regularisation strength is chosen.

@@ -46,7 +46,8 @@ impl Default for RunConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
-    /// How long: `"100 epochs"`, `"5000 steps"` or `"2M images"`; the other two are derived and printed.
+    /// How long: `"100 epochs"`, `"5000 steps"` or `"2M images"`; the other two are derived and printed. `"0 steps"` writes
+    /// the backbone as it is before training.
     pub length: Duration,
     /// Images per step, over all micro-batches.
     pub batch_size: usize,
@@ -196,7 +197,8 @@ impl Recipe {
         self.check_gram()?;
         self.check_distillation()?;
         let steps = self.train.length.steps(batch, samples);
-        if steps == 0 {
+        // No step at all, asked for in these words, is the backbone as it is before training.
+        if steps == 0 && self.train.length != Duration::ZERO {
             return Err(invalid(format!(
                 "`train.length` \"{}\" is not a single step of {batch} images",
                 self.train.length

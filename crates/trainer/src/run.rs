@@ -611,7 +611,9 @@ impl<'a> Run<'a> {
             self.save(watch)?;
         }
         if !interrupted {
-            self.evaluate(watch)?;
+            if self.evaluated != Some(self.state.step) {
+                self.evaluate(watch)?;
+            }
             self.metrics.write(&Line::End {
                 step: self.progress.step,
                 images: self.progress.images,

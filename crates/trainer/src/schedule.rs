@@ -297,7 +297,7 @@ impl Schedule {
     /// The schedules of a run of `total` steps with batches of `batch` images from `samples` images.
     ///
     /// # Errors
-    /// Parts that are longer than the run, with both lengths.
+    /// Parts that are longer than the run, with both lengths; a run of no step has no use for them.
     pub fn new(
         config: &ScheduleConfig,
         gram: &GramConfig,
@@ -312,7 +312,7 @@ impl Schedule {
                 return Err(format!("`schedule.{name}.cosine` needs `schedule.form = \"blocks\"`"));
             }
             let parts = warmup + cosine.unwrap_or(0);
-            if parts > total {
+            if parts > total && total > 0 {
                 return Err(format!(
                     "`schedule.{name}`: warm-up and cosine take {parts} steps, the whole run {total}\n\nhint: shorten \
                      `schedule.{name}.warmup`, or lengthen `train.length`"

@@ -2,29 +2,35 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use dinoxide_data::{DecodeLimits, Source, Subset, open};
+use dinoxide_evaluation::copies::descriptor::{Described, describe};
 use dinoxide_evaluation::{
     Extracted, Extraction, FeatureSource, Features, Interval, LabeledFeatures, Report, Token, extract,
 };
-use dinoxide_exchange::{Loaded, load};
-use dinoxide_model::Backbone;
-use dinoxide_model::weights::{Description, Provenance};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use super::given::{Given, Weights};
 use super::{check_writable, write};
+use crate::Usage;
 use crate::table::table;
 use crate::terminal::{self, Log};
-use crate::{Usage, device};
 
-/// A backbone, and how images get into it.
+/// A backbone, and how whole images get into it.
 #[derive(clap::Args)]
 pub(crate) struct Network {
-    /// Weights: a run's `teacher.safetensors`, a `.pth` file of the DINO repositories, a Hugging Face folder, a timm file
-    #[arg(long, value_name = "PATH")]
-    pub(crate) weights: PathBuf,
+    #[command(flatten)]
+    pub(crate) given: Weights,
+    #[command(flatten)]
+    pub(crate) crops: Crops,
+}
+
+/// How whole images get into a backbone.
+#[derive(clap::Args)]
+pub(crate) struct Crops {
     /// Side of the crop that the backbone sees, in pixels; default: the size it was trained at
     #[arg(long, value_name = "PX")]
     pub(crate) crop: Option<usize>,
@@ -34,9 +40,13 @@ pub(crate) struct Network {
     /// Images in one forward. Out of memory: lower
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub(crate) batch_size: usize,
-    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `metal`
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    pub(crate) device: String,
+}
+
+impl Crops {
+    /// Side of the crop that a backbone sees.
+    pub(crate) fn crop_px(&self, given: &Given) -> usize {
+        self.crop.unwrap_or(given.description.image_size)
+    }
 }
 
 /// Where results go.
@@ -92,7 +102,7 @@ impl<T: clap::Args + Task> Measurement<T> {
         self.output.check()?;
         let mut frozen = Frozen::new(&self.network, T::BLOCKS)?;
         let outcome = self.task.run(&mut frozen)?;
-        self.output.deliver(&frozen.result(&outcome), &outcome.text())
+        self.output.deliver(&frozen.given.result(&outcome), &outcome.text())
     }
 }
 
@@ -102,7 +112,7 @@ pub(crate) struct Metric {
     /// What it is: `top-1, k = 20`.
     pub(crate) name: String,
     pub(crate) value: f64,
-    /// `%`, or nothing.
+    /// `%`, `m`, or nothing.
     pub(crate) unit: &'static str,
     /// With 95 % confidence, from resampled val images.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -117,7 +127,12 @@ impl Metric {
 
     /// A score from 0 to 1.
     pub(crate) fn plain(name: impl Into<String>, value: f64) -> Self {
-        Self { name: name.into(), value, unit: "", interval: None }
+        Self::of(name, value, "")
+    }
+
+    /// A score without an interval, in a unit.
+    pub(crate) fn of(name: impl Into<String>, value: f64, unit: &'static str) -> Self {
+        Self { name: name.into(), value, unit, interval: None }
     }
 
     pub(crate) fn shown(&self) -> String {
@@ -131,7 +146,11 @@ impl Metric {
 
 /// A figure with its unit.
 pub(crate) fn show(value: f64, unit: &str) -> String {
-    if unit == "%" { format!("{value:.2} %") } else { format!("{value:.4}") }
+    match unit {
+        "%" => format!("{value:.2} %"),
+        "" => format!("{value:.4}"),
+        unit => format!("{value:.4} {unit}"),
+    }
 }
 
 /// The ends of an interval.
@@ -172,7 +191,7 @@ impl Outcome {
     }
 
     /// For a terminal.
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         self.shown.clone().unwrap_or_else(|| {
             let rows: Vec<Vec<String>> =
                 self.metrics.iter().map(|m| vec![m.name.clone(), m.shown(), m.interval_shown()]).collect();
@@ -183,9 +202,8 @@ impl Outcome {
 
 /// A backbone that is not trained, and the features it gave so far.
 pub(crate) struct Frozen {
-    pub(crate) weights: String,
-    pub(crate) backbone: Backbone,
-    description: Description,
+    pub(crate) given: Rc<Given>,
+    /// That of `given`.
     pub(crate) device: burn::tensor::Device,
     pub(crate) extraction: Extraction,
     pub(crate) log: Log,
@@ -225,23 +243,25 @@ impl Set {
 
 impl Frozen {
     pub(crate) fn new(network: &Network, last_blocks: usize) -> anyhow::Result<Self> {
-        let device = device::parse(&network.device)?;
-        if network.batch_size == 0 {
+        Self::of(network.given.load()?, &network.crops, last_blocks)
+    }
+
+    /// Of a backbone that is loaded.
+    pub(crate) fn of(given: Rc<Given>, crops: &Crops, last_blocks: usize) -> anyhow::Result<Self> {
+        if crops.batch_size == 0 {
             return Err(Usage(anyhow::anyhow!("`--batch-size` is 0, must be at least 1")).into());
         }
-        let Loaded { backbone, description, notes, .. } = load(&network.weights, &device)?;
-        terminal::notes(&network.weights, &notes);
-        let crop_px = network.crop.unwrap_or(description.image_size);
+        let crop_px = crops.crop_px(&given);
+        let description = &given.description;
         let extraction = Extraction {
-            resize_px: network.resize.unwrap_or(crop_px),
+            resize_px: crops.resize.unwrap_or(crop_px),
             crop_px,
             mean: description.mean,
             std: description.std,
             last_blocks: last_blocks.min(description.architecture.layers()),
-            batch: network.batch_size,
+            batch: crops.batch_size,
         };
-        let weights = network.weights.display().to_string();
-        Ok(Self { weights, backbone, description, device, extraction, log: Log::new(None)?, seen: Vec::new() })
+        Ok(Self { device: given.device.clone(), given, extraction, log: Log::new(None)?, seen: Vec::new() })
     }
 
     /// The features of a set; a set of the same name is not looked at again.
@@ -253,7 +273,8 @@ impl Frozen {
         let log = &mut self.log;
         log.bar(indices.len() as u64, 0, "{bar:28} features of {pos}/{len} images, {eta} left");
         let mut progress = |done: usize| log.set(done as u64, String::new());
-        let found = extract(&self.backbone, &*set.source, &indices, &self.extraction, &self.device, &mut progress);
+        let found =
+            extract(&self.given.backbone, &*set.source, &indices, &self.extraction, &self.device, &mut progress);
         log.clear();
         let found = Arc::new(found?);
         for rejected in &found.rejected {
@@ -263,11 +284,26 @@ impl Frozen {
         Ok(found)
     }
 
+    /// Descriptors of the images `indices` of a set.
+    pub(crate) fn descriptors(&mut self, set: &Set, indices: &[usize]) -> anyhow::Result<Described> {
+        let log = &mut self.log;
+        log.bar(indices.len() as u64, 0, "{bar:28} descriptors of {pos}/{len} images, {eta} left");
+        let mut progress = |done: usize| log.set(done as u64, String::new());
+        let found =
+            describe(&self.given.backbone, &*set.source, indices, &self.extraction, &self.device, &mut progress);
+        log.clear();
+        let found = found?;
+        for rejected in &found.rejected {
+            log.line(&format!("warning: {}: {}; left out", rejected.id, rejected.reason));
+        }
+        Ok(found)
+    }
+
     /// How features of the last `blocks` blocks come to be; `train` is empty where nothing is trained.
     pub(crate) fn source(&self, train: &str, val: &str, tokens: Vec<Token>, blocks: usize) -> FeatureSource {
-        let depth = self.backbone.architecture().layers();
+        let depth = self.given.backbone.architecture().layers();
         FeatureSource {
-            backbone: named(&self.weights, &self.description.provenance),
+            backbone: self.given.name(),
             train_data: train.to_owned(),
             val_data: val.to_owned(),
             tokens,
@@ -279,25 +315,6 @@ impl Frozen {
             augmentation: "none".into(),
         }
     }
-
-    /// The JSON result of an evaluation.
-    pub(crate) fn result(&self, outcome: &Outcome) -> Value {
-        let mut result = json!({
-            "task": outcome.task,
-            "weights": self.weights,
-            "provenance": self.description.provenance,
-            "protocol": outcome.protocol,
-            "scores": outcome.scores,
-            "metrics": outcome.metrics,
-        });
-        outcome.more.iter().for_each(|(key, value)| result[*key] = value.clone());
-        result
-    }
-}
-
-/// What a protocol calls a backbone.
-pub(super) fn named(weights: &str, provenance: &Provenance) -> String {
-    if provenance.is_known() { format!("{weights}, after {} steps", provenance.steps) } else { weights.to_owned() }
 }
 
 /// The sets of a classifier.

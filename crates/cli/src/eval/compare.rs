@@ -42,14 +42,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         ))
         .into());
     }
-    let mut unlike = Vec::new();
-    for (a, b) in first.iter().zip(&second) {
-        let mut differences = Vec::new();
-        differ("", &a["protocol"], &b["protocol"], &mut differences);
-        let task = text(&a["task"]);
-        differences.retain(|one| !args.allow.contains(&one.field));
-        unlike.extend(differences.into_iter().map(|one| format!("{task}: {} is {}, and {}", one.field, one.a, one.b)));
-    }
+    let pairs = first.iter().zip(&second);
+    let unlike: Vec<String> =
+        pairs.flat_map(|(a, b)| unlike(&text(&a["task"]), &a["protocol"], &b["protocol"], &args.allow)).collect();
     if !unlike.is_empty() {
         return Err(Usage(anyhow::anyhow!(
             "{} and {} were not measured alike\n{}\n\nhint: measure both under one protocol; `--allow FIELD` compares all the same",
@@ -74,11 +69,23 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The fields in which two protocols of a task differ, but for those that may, with both values.
+pub(super) fn unlike(task: &str, a: &Value, b: &Value, allowed: &[String]) -> Vec<String> {
+    let mut differences = Vec::new();
+    differ("", a, b, &mut differences);
+    differences.retain(|one| !allowed.contains(&one.field));
+    differences.into_iter().map(|one| format!("{task}: {} is {}, and {}", one.field, one.a, one.b)).collect()
+}
+
 /// The results in a file: one, or those of a suite.
 fn results(path: &Path) -> anyhow::Result<Vec<Value>> {
     let usage = |e: &dyn std::fmt::Display| Usage(anyhow::anyhow!("{}: {e}", path.display()));
     let text = std::fs::read_to_string(path).map_err(|e| usage(&e))?;
     let value: Value = serde_json::from_str(&text).map_err(|e| usage(&e))?;
+    if value["backbones"].is_array() {
+        let message = "holds several backbones, which its table already shows side by side\n\nhint: give the results of one backbone, from a suite with one `--weights`";
+        return Err(usage(&message).into());
+    }
     let results = match value["results"].as_array() {
         Some(results) => results.clone(),
         None => vec![value],

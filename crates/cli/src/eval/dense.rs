@@ -1,35 +1,27 @@
 //! What evaluations of patch tokens begin with: the arguments, the backbone, images with their maps.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
+use std::rc::Rc;
 
 use dinoxide_data::{AnnotatedSource, DecodeLimits, MapKind, Pairing, Rejected};
-use dinoxide_evaluation::dense::{Encoder, HeadConfig, TokenGridConfig};
-use dinoxide_evaluation::{FeatureSource, Report, Token};
-use dinoxide_exchange::{Loaded, load};
-use dinoxide_model::Backbone;
-use dinoxide_model::weights::Description;
-use serde::Serialize;
-use serde_json::json;
+use dinoxide_evaluation::dense::{Encoder, HeadConfig, HeadKind, TokenGridConfig, dpt};
+use dinoxide_evaluation::{FeatureSource, Token};
 
-use super::common::{Output, named};
-use crate::terminal::{self, Log};
-use crate::{Usage, device};
+use super::common::{Outcome, Output};
+use super::given::{Given, Weights};
+use crate::Usage;
+use crate::terminal::Log;
 
 /// Side of the windows of large images, unless the patch size asks for a little less.
 const WINDOW_PX: usize = 512;
 
-/// A backbone, and the size at which it sees images.
+/// The size at which images are seen.
 #[derive(clap::Args)]
 pub(crate) struct Seen {
-    /// Weights: a run's `teacher.safetensors`, a `.pth` file of the DINO repositories, a Hugging Face folder, a timm file
-    #[arg(long, value_name = "PATH")]
-    pub(crate) weights: PathBuf,
     /// Length of the shorter image side, in pixels, before both are rounded to whole patches; default: images keep theirs
     #[arg(long, value_name = "PX")]
     resize: Option<usize>,
-    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `metal`
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    device: String,
 }
 
 /// How many blocks' tokens are used.
@@ -44,7 +36,7 @@ pub(crate) struct Layers {
 #[derive(clap::Args)]
 pub(crate) struct DenseCommon {
     #[command(flatten)]
-    pub(crate) seen: Seen,
+    seen: Seen,
     #[command(flatten)]
     layers: Layers,
     /// Images with a longer side are seen in windows of this side, in pixels; default: 512, in whole patches
@@ -52,13 +44,30 @@ pub(crate) struct DenseCommon {
     window: Option<usize>,
 }
 
-/// A task with a head, trained and scored.
+/// An evaluation of patch tokens: its data and settings.
+pub(crate) trait DenseTask {
+    /// Measures. Images are seen at sizes of the task's own.
+    fn run(&self, given: &Rc<Given>) -> anyhow::Result<Outcome>;
+}
+
+/// One evaluation of one backbone's patch tokens.
 #[derive(clap::Args)]
 pub(crate) struct Scored<T: clap::Args> {
     #[command(flatten)]
-    pub(super) task: T,
+    given: Weights,
     #[command(flatten)]
-    pub(super) output: Output,
+    task: T,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl<T: clap::Args + DenseTask> Scored<T> {
+    pub(super) fn run(&self) -> anyhow::Result<ExitCode> {
+        self.output.check()?;
+        let given = self.given.load()?;
+        let outcome = self.task.run(&given)?;
+        self.output.deliver(&given.result(&outcome), &outcome.text())
+    }
 }
 
 /// Two sets of images with a mask or depth map each.
@@ -129,6 +138,32 @@ impl PairArgs {
     }
 }
 
+/// What a head is made of.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum HeadChoice {
+    /// Batch normalisation and a 1×1 convolution
+    Linear,
+    /// Convolutions on four blocks, evenly from all (Ranftl et al. 2021): slower, and finer than patches
+    Dpt,
+}
+
+/// Which head.
+#[derive(clap::Args)]
+pub(crate) struct HeadArg {
+    /// What the head is made of
+    #[arg(long, value_enum, default_value = "linear")]
+    head: HeadChoice,
+}
+
+impl HeadArg {
+    pub(crate) fn kind(&self) -> HeadKind {
+        match self.head {
+            HeadChoice::Linear => HeadKind::Linear,
+            HeadChoice::Dpt => HeadKind::Dpt,
+        }
+    }
+}
+
 /// How a head is trained.
 #[derive(clap::Args)]
 pub(crate) struct HeadArgs {
@@ -161,80 +196,79 @@ impl HeadArgs {
     }
 }
 
-/// A backbone from a file, and how images are fed to it.
+/// A backbone, and how images are fed to it.
 pub(crate) struct DenseSetup {
-    weights: String,
-    pub(crate) backbone: Backbone,
-    pub(crate) description: Description,
+    pub(crate) given: Rc<Given>,
     pub(crate) config: TokenGridConfig,
-    pub(crate) device: burn::tensor::Device,
     pub(crate) log: Log,
 }
 
 impl DenseSetup {
     /// For heads: large images in windows.
-    pub(crate) fn windowed(common: &DenseCommon) -> anyhow::Result<Self> {
-        Self::new(&common.seen, common.window, common.layers.layers)
+    pub(crate) fn windowed(given: &Rc<Given>, common: &DenseCommon, head: HeadKind) -> anyhow::Result<Self> {
+        let layers = &common.layers;
+        match head {
+            HeadKind::Linear => Self::new(given, &common.seen, common.window, (layers.layers, false)),
+            HeadKind::Dpt if layers.layers > 1 => Err(Usage(anyhow::anyhow!(
+                "`--head dpt` takes {} blocks, evenly from all; `--layers` is {}",
+                dpt::BLOCKS,
+                layers.layers
+            ))
+            .into()),
+            HeadKind::Dpt => Self::new(given, &common.seen, common.window, (dpt::BLOCKS, true)),
+        }
     }
 
     /// For what sees images whole.
-    pub(crate) fn whole(seen: &Seen, layers: &Layers) -> anyhow::Result<Self> {
-        Self::new(seen, None, layers.layers)
+    pub(crate) fn whole(given: &Rc<Given>, seen: &Seen, layers: &Layers) -> anyhow::Result<Self> {
+        Self::new(given, seen, None, (layers.layers, false))
     }
 
     /// For the last block, seeing images whole.
-    pub(crate) fn last_block(seen: &Seen) -> anyhow::Result<Self> {
-        Self::new(seen, None, 1)
+    pub(crate) fn last_block(given: &Rc<Given>, seen: &Seen) -> anyhow::Result<Self> {
+        Self::new(given, seen, None, (1, false))
     }
 
-    fn new(seen: &Seen, window: Option<usize>, last_blocks: usize) -> anyhow::Result<Self> {
-        let device = device::parse(&seen.device)?;
-        let Loaded { backbone, description, notes, .. } = load(&seen.weights, &device)?;
-        terminal::notes(&seen.weights, &notes);
+    fn new(
+        given: &Rc<Given>,
+        seen: &Seen,
+        window: Option<usize>,
+        (last_blocks, spread): (usize, bool),
+    ) -> anyhow::Result<Self> {
+        let description = &given.description;
         let stride = description.architecture.stride();
         let config = TokenGridConfig {
             short_px: seen.resize,
             window_px: window.unwrap_or((WINDOW_PX / stride).max(1) * stride),
             last_blocks,
+            spread,
             mean: description.mean,
             std: description.std,
         };
-        Encoder::new(&backbone, &config, &device).map_err(|e| Usage(e.into()))?;
-        let weights = seen.weights.display().to_string();
-        Ok(Self { weights, backbone, description, config, device, log: Log::new(None)? })
+        Encoder::new(&given.backbone, &config, &given.device).map_err(|e| Usage(e.into()))?;
+        Ok(Self { given: Rc::clone(given), config, log: Log::new(None)? })
     }
 
     /// The encoder. The settings have been checked.
     pub(crate) fn encoder(&self) -> anyhow::Result<Encoder<'_>> {
-        Ok(Encoder::new(&self.backbone, &self.config, &self.device)?)
+        Ok(Encoder::new(&self.given.backbone, &self.config, &self.given.device)?)
     }
 
     /// Where features come from, for a protocol.
     pub(crate) fn source(&self, train_data: &str, val_data: &str) -> FeatureSource {
-        let depth = self.backbone.architecture().layers();
+        let depth = self.given.backbone.architecture().layers();
         FeatureSource {
-            backbone: named(&self.weights, &self.description.provenance),
+            backbone: self.given.name(),
             train_data: train_data.to_owned(),
             val_data: val_data.to_owned(),
             tokens: vec![Token::Patches],
-            layers: (depth - self.config.last_blocks..depth).collect(),
+            layers: self.config.layers(depth),
             final_norm: true,
             resize_px: self.config.short_px.unwrap_or(0),
             crop_px: self.config.window_px,
             interpolation: "bicubic, antialias".into(),
             augmentation: "none".into(),
         }
-    }
-
-    /// The JSON result of an evaluation; it may have further entries.
-    pub(crate) fn result(&self, task: &str, report: &Report<impl Serialize>) -> serde_json::Value {
-        json!({
-            "task": task,
-            "weights": self.weights,
-            "provenance": self.description.provenance,
-            "protocol": report.protocol,
-            "scores": report.scores,
-        })
     }
 }
 

@@ -1,14 +1,16 @@
-//! `dinoxide eval depth`: a linear head on frozen patch tokens, and its distance from measured depth.
+//! `dinoxide eval depth`: a head on frozen patch tokens, and its distance from measured depth.
 
-use std::process::ExitCode;
+use std::rc::Rc;
 
 use dinoxide_data::{AnnotatedSource, MapKind};
-use dinoxide_evaluation::dense::HeadConfig;
 use dinoxide_evaluation::dense::depth::{DepthHead, DepthImages, DepthOutput, DepthRange, validate};
+use dinoxide_evaluation::dense::{HeadConfig, HeadKind};
 use dinoxide_evaluation::{Method, Protocol, Report};
 use serde_json::json;
 
-use super::dense::{DenseCommon, DenseSetup, HeadArgs, PairArgs, Scored, stages, warn};
+use super::common::{Metric, Outcome};
+use super::dense::{DenseCommon, DenseSetup, DenseTask, HeadArg, HeadArgs, PairArgs, stages, warn};
+use super::given::Given;
 use crate::Usage;
 use crate::table::table;
 
@@ -25,9 +27,11 @@ enum HeadOutput {
 #[derive(clap::Args)]
 pub(crate) struct Task {
     #[command(flatten)]
-    pub(crate) common: DenseCommon,
+    common: DenseCommon,
     #[command(flatten)]
-    pub(crate) pairs: PairArgs,
+    pairs: PairArgs,
+    #[command(flatten)]
+    kind: HeadArg,
     #[command(flatten)]
     head: HeadArgs,
     /// Metres for a value of 1 in a depth map; 0 is read as missing
@@ -65,8 +69,9 @@ pub(crate) struct Trained {
 
 impl Task {
     /// Trains the head.
-    pub(crate) fn train(&self) -> anyhow::Result<Trained> {
-        let defaults = HeadConfig { weight_decay: 1e-4, betas: (0.9, 0.99), ..HeadConfig::default() };
+    pub(crate) fn train(&self, given: &Rc<Given>) -> anyhow::Result<Trained> {
+        let kind = self.kind.kind();
+        let defaults = HeadConfig { kind, weight_decay: 1e-4, betas: (0.9, 0.99), ..HeadConfig::default() };
         let config = self.head.config("depth", defaults)?;
         let output = match self.head_output {
             HeadOutput::Bins => DepthOutput::Bins(256),
@@ -74,7 +79,7 @@ impl Task {
         };
         let range = DepthRange { min: self.min_depth, max: self.max_depth };
         dinoxide_evaluation::dense::depth::check(output, range, self.depth_scale).map_err(|e| Usage(e.into()))?;
-        let mut setup = DenseSetup::windowed(&self.common)?;
+        let mut setup = DenseSetup::windowed(given, &self.common, config.kind)?;
         let train = self.pairs.open_train(MapKind::Depth, &mut setup.log)?;
         let (train, val) = match (&self.pairs.val, self.split_by_time) {
             (Some(_), Some(_)) => {
@@ -117,59 +122,71 @@ impl Task {
     }
 }
 
-pub(super) fn run(args: &Scored<Task>) -> anyhow::Result<ExitCode> {
-    args.output.check()?;
-    let mut trained = args.task.train()?;
-    let mut log = crate::terminal::Log::new(None)?;
-    let images = DepthImages { source: &trained.val, scale: trained.scale };
-    log.bar(images.source.len() as u64, 0, "{bar:28} scoring {pos}/{len} val images, {eta} left");
-    let encoder = trained.setup.encoder()?;
-    let mut progress = |done: usize, _: usize| log.set(done as u64, String::new());
-    let found = validate(&trained.head, &encoder, images, trained.mean, &mut progress)?;
-    log.clear();
-    let inference = encoder.description();
-    warn(&mut trained.setup.log, &found.rejected);
-    if found.mean.skipped() > 0 {
-        let (skipped, all) = (found.mean.skipped(), found.images);
-        trained
-            .setup
-            .log
-            .line(&format!("warning: {skipped} of {all} val depth maps have no depth within the range; not scored"));
-    }
+impl DenseTask for Task {
+    fn run(&self, given: &Rc<Given>) -> anyhow::Result<Outcome> {
+        let mut trained = self.train(given)?;
+        let mut log = crate::terminal::Log::new(None)?;
+        let images = DepthImages { source: &trained.val, scale: trained.scale };
+        log.bar(images.source.len() as u64, 0, "{bar:28} scoring {pos}/{len} val images, {eta} left");
+        let encoder = trained.setup.encoder()?;
+        let mut progress = |done: usize, _: usize| log.set(done as u64, String::new());
+        let found = validate(&trained.head, &encoder, images, trained.mean, &mut progress)?;
+        log.clear();
+        let inference = encoder.description();
+        warn(&mut trained.setup.log, &found.rejected);
+        if found.mean.skipped() > 0 {
+            let (skipped, all) = (found.mean.skipped(), found.images);
+            trained.setup.log.line(&format!(
+                "warning: {skipped} of {all} val depth maps have no depth within the range; not scored"
+            ));
+        }
 
-    let (scores, constant) = (found.mean.scores()?, found.constant.scores()?);
-    let row = |name: &str, of: &dinoxide_evaluation::depth::DepthScores| {
-        let metres = |value: f64| format!("{value:.3}");
-        let percent = |value: f64| format!("{:.1} %", 100.0 * value);
-        let cells = [metres(of.rmse), metres(of.abs_rel), percent(of.a1), percent(of.a2), percent(of.a3)];
-        [vec![name.to_owned()], cells.to_vec()].concat()
-    };
-    let text = format!(
-        "depth: RMSE {:.3} m, AbsRel {:.3} on {} val images, head trained on {}\n{}",
-        scores.rmse,
-        scores.abs_rel,
-        found.images - found.mean.skipped(),
-        trained.train_images,
-        table(
-            &["", "RMSE", "AbsRel", "δ < 1.25", "δ < 1.25²", "δ < 1.25³"],
-            &[row("linear head", &scores), row("mean of the train depths", &constant)]
-        )
-    );
-    let pairs = &args.task.pairs;
-    let val = match (&pairs.val, args.task.split_by_time) {
-        (None, Some(share)) => format!("{}, after the first {share} and a gap of {}", pairs.train, args.task.gap),
-        (val, _) => val.clone().unwrap_or_default(),
-    };
-    let source = trained.setup.source(&pairs.train, &val);
-    let output = match trained.output {
-        DepthOutput::Bins(count) => format!("{count} bins"),
-        DepthOutput::Regression => "regression".to_owned(),
-    };
-    let head = format!("{output}, {}", trained.config.description());
-    let method = Method::Depth { head, range: (trained.range.min, trained.range.max), inference };
-    let protocol = Protocol::new(method, vec![source], Some(trained.train_images), found.images, None);
-    let report = Report { protocol, scores };
-    let mut result = trained.setup.result("depth", &report);
-    result["constant"] = json!(constant);
-    args.output.deliver(&result, &text)
+        let (scores, constant) = (found.mean.scores()?, found.constant.scores()?);
+        let head_name = match trained.config.kind {
+            HeadKind::Linear => "linear head",
+            HeadKind::Dpt => "DPT head",
+        };
+        let row = |name: &str, of: &dinoxide_evaluation::depth::DepthScores| {
+            let metres = |value: f64| format!("{value:.3}");
+            let percent = |value: f64| format!("{:.1} %", 100.0 * value);
+            let cells = [metres(of.rmse), metres(of.abs_rel), percent(of.a1), percent(of.a2), percent(of.a3)];
+            [vec![name.to_owned()], cells.to_vec()].concat()
+        };
+        let text = format!(
+            "depth: RMSE {:.3} m, AbsRel {:.3} on {} val images, head trained on {}\n{}",
+            scores.rmse,
+            scores.abs_rel,
+            found.images - found.mean.skipped(),
+            trained.train_images,
+            table(
+                &["", "RMSE", "AbsRel", "δ < 1.25", "δ < 1.25²", "δ < 1.25³"],
+                &[row(head_name, &scores), row("mean of the train depths", &constant)]
+            )
+        );
+        let pairs = &self.pairs;
+        let val = match (&pairs.val, self.split_by_time) {
+            (None, Some(share)) => format!("{}, after the first {share} and a gap of {}", pairs.train, self.gap),
+            (val, _) => val.clone().unwrap_or_default(),
+        };
+        let source = trained.setup.source(&pairs.train, &val);
+        let output = match trained.output {
+            DepthOutput::Bins(count) => format!("{count} bins"),
+            DepthOutput::Regression => "regression".to_owned(),
+        };
+        let head = format!("{output}, {}", trained.config.description());
+        let method = Method::Depth { head, range: (trained.range.min, trained.range.max), inference };
+        let protocol = Protocol::new(method, vec![source], Some(trained.train_images), found.images, None);
+        let report = Report { protocol, scores };
+        let data = format!("{} val, {} train images", found.images - found.mean.skipped(), trained.train_images);
+        let mut outcome = Outcome::new("depth", data, &report)?;
+        let scores = &report.scores;
+        outcome.metrics = vec![
+            Metric::of("RMSE", scores.rmse, "m"),
+            Metric::plain("AbsRel", scores.abs_rel),
+            Metric::percent("δ < 1.25", 100.0 * scores.a1, None),
+        ];
+        outcome.more = vec![("constant", json!(constant))];
+        outcome.shown = Some(text);
+        Ok(outcome)
+    }
 }

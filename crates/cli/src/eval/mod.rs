@@ -3,9 +3,12 @@
 mod clustering;
 pub(crate) mod common;
 mod compare;
+mod copies;
+mod correspondence;
 pub(crate) mod dense;
 pub(crate) mod depth;
 mod foreground;
+pub(crate) mod given;
 mod knn;
 mod linear;
 mod logistic;
@@ -35,18 +38,22 @@ pub(crate) enum Command {
     Retrieval(Measurement<retrieval::Task>),
     /// k-means on CLS tokens, compared with the classes
     Clustering(Measurement<clustering::Task>),
+    /// Originals of edited copies found by similarity: micro-AP, mAP; copies from a folder, or made
+    Copies(Measurement<copies::Task>),
     /// Several evaluations from a file, with one pass for the features, in one table
     Suite(suite::Args),
     /// Two results side by side, if they were measured alike
     Compare(compare::Args),
-    /// Semantic segmentation by a linear head on patch tokens: mIoU on folders of images and masks
+    /// Semantic segmentation by a linear or DPT head on patch tokens: mIoU on folders of images and masks
     Segmentation(dense::Scored<segmentation::Task>),
-    /// Depth by a linear head on patch tokens: RMSE, AbsRel and δ on folders of images and depth maps
+    /// Depth by a linear or DPT head on patch tokens: RMSE, AbsRel and δ on folders of images and depth maps
     Depth(dense::Scored<depth::Task>),
     /// Masks of a first frame carried through videos by patch tokens: J, F and J&F
-    Video(video::Args),
+    Video(dense::Scored<video::Task>),
+    /// Silhouettes or keypoints carried from image to image by similar patch tokens: IoU, PCK
+    Correspondence(dense::Scored<correspondence::Task>),
     /// Figure and ground by a linear classifier, by attention and by the first principal component
-    Foreground(foreground::Args),
+    Foreground(dense::Scored<foreground::Task>),
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
@@ -56,12 +63,14 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Logistic(measurement) => measurement.run(),
         Command::Retrieval(measurement) => measurement.run(),
         Command::Clustering(measurement) => measurement.run(),
+        Command::Copies(measurement) => measurement.run(),
         Command::Suite(args) => suite::run(args),
         Command::Compare(args) => compare::run(args),
-        Command::Segmentation(args) => segmentation::run(args),
-        Command::Depth(args) => depth::run(args),
-        Command::Video(args) => video::run(args),
-        Command::Foreground(args) => foreground::run(args),
+        Command::Segmentation(scored) => scored.run(),
+        Command::Depth(scored) => scored.run(),
+        Command::Video(scored) => scored.run(),
+        Command::Correspondence(scored) => scored.run(),
+        Command::Foreground(scored) => scored.run(),
     }
 }
 

@@ -1,7 +1,7 @@
-//! `dinoxide eval segmentation`: a linear head on frozen patch tokens, and mIoU.
+//! `dinoxide eval segmentation`: a head on frozen patch tokens, and mIoU.
 
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::rc::Rc;
 
 use dinoxide_data::{AnnotatedSource, MapKind};
 use dinoxide_evaluation::dense::HeadConfig;
@@ -9,7 +9,9 @@ use dinoxide_evaluation::dense::segmentation::{Classes, Ids, SegmentationHead, v
 use dinoxide_evaluation::{Method, Protocol, Report};
 use serde_json::json;
 
-use super::dense::{DenseCommon, DenseSetup, HeadArgs, PairArgs, Scored, stages, warn};
+use super::common::{Metric, Outcome};
+use super::dense::{DenseCommon, DenseSetup, DenseTask, HeadArg, HeadArgs, PairArgs, stages, warn};
+use super::given::Given;
 use crate::Usage;
 use crate::table::table;
 
@@ -17,9 +19,11 @@ use crate::table::table;
 #[derive(clap::Args)]
 pub(crate) struct Task {
     #[command(flatten)]
-    pub(crate) common: DenseCommon,
+    common: DenseCommon,
     #[command(flatten)]
-    pub(crate) pairs: PairArgs,
+    pairs: PairArgs,
+    #[command(flatten)]
+    kind: HeadArg,
     #[command(flatten)]
     head: HeadArgs,
     /// Id of pixels that are neither trained on nor scored
@@ -49,9 +53,10 @@ pub(crate) struct Trained {
 
 impl Task {
     /// Trains the head.
-    pub(crate) fn train(&self) -> anyhow::Result<Trained> {
-        let config = self.head.config("segmentation", HeadConfig::default())?;
-        let mut setup = DenseSetup::windowed(&self.common)?;
+    pub(crate) fn train(&self, given: &Rc<Given>) -> anyhow::Result<Trained> {
+        let config =
+            self.head.config("segmentation", HeadConfig { kind: self.kind.kind(), ..HeadConfig::default() })?;
+        let mut setup = DenseSetup::windowed(given, &self.common, config.kind)?;
         let train = self.pairs.open_train(MapKind::Mask, &mut setup.log)?;
         let val = self.pairs.open_val(MapKind::Mask, &mut setup.log)?;
         let ids = if self.reduce_zero_label { Ids::FromOne } else { Ids::Classes };
@@ -83,55 +88,67 @@ impl Task {
     }
 }
 
-pub(super) fn run(args: &Scored<Task>) -> anyhow::Result<ExitCode> {
-    args.output.check()?;
-    let mut trained = args.task.train()?;
-    let val = &trained.val;
-    let mut log = crate::terminal::Log::new(None)?;
-    log.bar(val.len() as u64, 0, "{bar:28} scoring {pos}/{len} val images, {eta} left");
-    let encoder = trained.setup.encoder()?;
-    let mut progress = |done: usize, _: usize| log.set(done as u64, String::new());
-    let found = validate(&trained.head, &encoder, val, trained.classes, &mut progress)?;
-    log.clear();
-    let inference = encoder.description();
-    warn(&mut trained.setup.log, &found.rejected);
+impl DenseTask for Task {
+    fn run(&self, given: &Rc<Given>) -> anyhow::Result<Outcome> {
+        let mut trained = self.train(given)?;
+        let val = &trained.val;
+        let mut log = crate::terminal::Log::new(None)?;
+        log.bar(val.len() as u64, 0, "{bar:28} scoring {pos}/{len} val images, {eta} left");
+        let encoder = trained.setup.encoder()?;
+        let mut progress = |done: usize, _: usize| log.set(done as u64, String::new());
+        let found = validate(&trained.head, &encoder, val, trained.classes, &mut progress)?;
+        log.clear();
+        let inference = encoder.description();
+        warn(&mut trained.setup.log, &found.rejected);
 
-    let scores = found.confusion.scores()?;
-    let areas = found.confusion.areas();
-    let pixels: u64 = areas.iter().map(|[_, _, label]| label).sum();
-    let share = |class: usize| 100.0 * areas[class][2] as f64 / pixels as f64;
-    let most = (0..areas.len()).map(share).fold(0.0, f64::max);
-    let seen = (0..areas.len()).filter(|&class| areas[class][2] > 0).count();
-    let constant = most / seen as f64;
-    let percent = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2} %"));
-    let rows: Vec<Vec<String>> = scores
-        .classes
-        .iter()
-        .enumerate()
-        .map(|(class, of)| {
-            let name = trained.names[class].clone();
-            vec![name, percent(of.iou), percent(of.accuracy), percent(Some(share(class)))]
-        })
-        .collect();
-    let text = format!(
-        "segmentation: mIoU {:.2} %, mean accuracy {:.2} %, pixel accuracy {:.2} %\n\
+        let scores = found.confusion.scores()?;
+        let areas = found.confusion.areas();
+        let pixels: u64 = areas.iter().map(|[_, _, label]| label).sum();
+        let share = |class: usize| 100.0 * areas[class][2] as f64 / pixels as f64;
+        let most = (0..areas.len()).map(share).fold(0.0, f64::max);
+        let seen = (0..areas.len()).filter(|&class| areas[class][2] > 0).count();
+        let constant = most / seen as f64;
+        let percent = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2} %"));
+        let rows: Vec<Vec<String>> = scores
+            .classes
+            .iter()
+            .enumerate()
+            .map(|(class, of)| {
+                let name = trained.names[class].clone();
+                vec![name, percent(of.iou), percent(of.accuracy), percent(Some(share(class)))]
+            })
+            .collect();
+        let text = format!(
+            "segmentation: mIoU {:.2} %, mean accuracy {:.2} %, pixel accuracy {:.2} %\n\
          {} val images, head trained on {}; always the most frequent class: mIoU {constant:.2} %, pixel accuracy {most:.2} %\n{}",
-        scores.mean_iou,
-        scores.mean_accuracy,
-        scores.pixel_accuracy,
-        found.images,
-        trained.train_images,
-        table(&["class", "IoU", "accuracy", "share of pixels"], &rows)
-    );
-    let pairs = &args.task.pairs;
-    let source = trained.setup.source(&pairs.train, pairs.val.as_deref().unwrap_or_default());
-    let head = trained.config.description();
-    let method = Method::Segmentation { head, ignored: trained.classes.void, inference };
-    let images = (trained.train_images, found.images);
-    let protocol = Protocol::new(method, vec![source], Some(images.0), images.1, Some(trained.classes.count));
-    let report = Report { protocol, scores };
-    let mut result = trained.setup.result("segmentation", &report);
-    result["class_names"] = json!(trained.names);
-    result["constant"] = json!({ "mean_iou": constant, "pixel_accuracy": most });
-    args.output.deliver(&result, &text)
+            scores.mean_iou,
+            scores.mean_accuracy,
+            scores.pixel_accuracy,
+            found.images,
+            trained.train_images,
+            table(&["class", "IoU", "accuracy", "share of pixels"], &rows)
+        );
+        let pairs = &self.pairs;
+        let source = trained.setup.source(&pairs.train, pairs.val.as_deref().unwrap_or_default());
+        let head = trained.config.description();
+        let method = Method::Segmentation { head, ignored: trained.classes.void, inference };
+        let images = (trained.train_images, found.images);
+        let protocol = Protocol::new(method, vec![source], Some(images.0), images.1, Some(trained.classes.count));
+        let report = Report { protocol, scores };
+        let data = format!("{} val, {} train images, {} classes", images.1, images.0, trained.classes.count);
+        let mut outcome = Outcome::new("segmentation", data, &report)?;
+        let of = |name: &str, value: f64| Metric::percent(name, value, None);
+        let scores = &report.scores;
+        outcome.metrics = vec![
+            of("mIoU", scores.mean_iou),
+            of("mean accuracy", scores.mean_accuracy),
+            of("pixel accuracy", scores.pixel_accuracy),
+        ];
+        outcome.more = vec![
+            ("class_names", json!(trained.names)),
+            ("constant", json!({ "mean_iou": constant, "pixel_accuracy": most })),
+        ];
+        outcome.shown = Some(text);
+        Ok(outcome)
+    }
 }

@@ -1,21 +1,22 @@
 //! `dinoxide eval video`: masks of the first frame, carried through a video by patch tokens.
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::rc::Rc;
 
 use dinoxide_data::{AnnotatedSource, DecodeLimits, MapKind, Pairing};
 use dinoxide_evaluation::dense::propagation::{ObjectScores, Propagation, PropagationConfig, score_object};
 use dinoxide_evaluation::{Method, Protocol, Report};
 use serde_json::json;
 
-use super::common::Output;
-use super::dense::{DenseSetup, Layers, Seen};
+use super::common::{Metric, Outcome};
+use super::dense::{DenseSetup, DenseTask, Layers, Seen};
+use super::given::Given;
 use crate::Usage;
 use crate::table::table;
 use crate::terminal::Log;
 
 #[derive(clap::Args)]
-pub(crate) struct Args {
+pub(crate) struct Task {
     #[command(flatten)]
     seen: Seen,
     #[command(flatten)]
@@ -38,8 +39,6 @@ pub(crate) struct Args {
     /// Temperature of their weights
     #[arg(long, value_name = "T", default_value_t = PropagationConfig::default().temperature)]
     temperature: f32,
-    #[command(flatten)]
-    output: Output,
 }
 
 /// A folder of frames.
@@ -56,72 +55,75 @@ struct Scored {
     frames: usize,
 }
 
-pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    args.output.check()?;
-    let config = PropagationConfig {
-        context: args.context,
-        radius: args.radius,
-        top_k: args.top_k,
-        temperature: args.temperature,
-    };
-    config.check().map_err(|e| Usage(e.into()))?;
-    let setup = DenseSetup::whole(&args.seen, &args.layers)?;
-    let videos = videos(args)?;
-    let mut log = Log::new(None)?;
-    let total: usize = videos.iter().map(|video| video.frames.len()).sum();
-    log.bar(total as u64, 0, "{bar:28} {msg} {pos}/{len} frames, {eta} left");
-    let encoder = setup.encoder()?;
-    let (mut scored, mut done) = (Vec::new(), 0);
-    for video in &videos {
-        scored.push(score(video, &encoder, &config, &mut |frame| log.set((done + frame) as u64, video.name.clone()))?);
-        done += video.frames.len();
-    }
-    log.clear();
+impl DenseTask for Task {
+    fn run(&self, given: &Rc<Given>) -> anyhow::Result<Outcome> {
+        let &Self { context, radius, top_k, temperature, .. } = self;
+        let config = PropagationConfig { context, radius, top_k, temperature };
+        config.check().map_err(|e| Usage(e.into()))?;
+        let setup = DenseSetup::whole(given, &self.seen, &self.layers)?;
+        let videos = videos(self)?;
+        let mut log = Log::new(None)?;
+        let total: usize = videos.iter().map(|video| video.frames.len()).sum();
+        log.bar(total as u64, 0, "{bar:28} {msg} {pos}/{len} frames, {eta} left");
+        let encoder = setup.encoder()?;
+        let (mut scored, mut done) = (Vec::new(), 0);
+        for video in &videos {
+            scored.push(score(video, &encoder, &config, &mut |frame| {
+                log.set((done + frame) as u64, video.name.clone())
+            })?);
+            done += video.frames.len();
+        }
+        log.clear();
 
-    let all = |of: fn(&Scored) -> &Vec<ObjectScores>| -> ObjectScores {
-        ObjectScores::mean(&scored.iter().flat_map(|video| of(video).clone()).collect::<Vec<_>>())
-    };
-    let (mean, still) = (all(|video| &video.objects), all(|video| &video.still));
-    let row = |name: &str, objects: String, frames: String, of: &ObjectScores| {
-        let numbers = [of.j_and_f(), of.j_mean, of.j_recall, of.f_mean, of.f_recall];
-        let cells = numbers.map(|value| format!("{value:.1}"));
-        [vec![name.to_owned(), objects, frames], cells.to_vec()].concat()
-    };
-    let mut rows: Vec<Vec<String>> = scored
-        .iter()
-        .map(|video| {
-            let (objects, frames) = (video.objects.len().to_string(), video.frames.to_string());
-            row(&video.name, objects, frames, &ObjectScores::mean(&video.objects))
-        })
-        .collect();
-    let objects: usize = scored.iter().map(|video| video.objects.len()).sum();
-    rows.push(row("mean over objects", objects.to_string(), String::new(), &mean));
-    rows.push(row("the first mask, left where it is", String::new(), String::new(), &still));
-    let text = format!(
-        "video: J&F {:.1} (J {:.1}, F {:.1}) over {objects} objects in {} videos\n{}",
-        mean.j_and_f(),
-        mean.j_mean,
-        mean.f_mean,
-        scored.len(),
-        table(&["video", "objects", "frames", "J&F", "J", "J recall", "F", "F recall"], &rows)
-    );
-    let source = setup.source("", &args.data.display().to_string());
-    let frames = scored.iter().map(|video| video.frames).sum();
-    let inference = format!("whole frames, {}", encoder.size_description());
-    let method = Method::Video { propagation: config, inference };
-    let protocol = Protocol::new(method, vec![source], None, frames, None);
-    let videos: Vec<_> = scored
-        .iter()
-        .map(|video| json!({ "name": video.name, "frames": video.frames, "objects": video.objects }))
-        .collect();
-    let scores = json!({ "j_and_f": mean.j_and_f(), "mean": mean, "videos": videos });
-    let mut result = setup.result("video", &Report { protocol, scores });
-    result["still"] = json!(still);
-    args.output.deliver(&result, &text)
+        let all = |of: fn(&Scored) -> &Vec<ObjectScores>| -> ObjectScores {
+            ObjectScores::mean(&scored.iter().flat_map(|video| of(video).clone()).collect::<Vec<_>>())
+        };
+        let (mean, still) = (all(|video| &video.objects), all(|video| &video.still));
+        let row = |name: &str, objects: String, frames: String, of: &ObjectScores| {
+            let numbers = [of.j_and_f(), of.j_mean, of.j_recall, of.f_mean, of.f_recall];
+            let cells = numbers.map(|value| format!("{value:.1}"));
+            [vec![name.to_owned(), objects, frames], cells.to_vec()].concat()
+        };
+        let mut rows: Vec<Vec<String>> = scored
+            .iter()
+            .map(|video| {
+                let (objects, frames) = (video.objects.len().to_string(), video.frames.to_string());
+                row(&video.name, objects, frames, &ObjectScores::mean(&video.objects))
+            })
+            .collect();
+        let objects: usize = scored.iter().map(|video| video.objects.len()).sum();
+        rows.push(row("mean over objects", objects.to_string(), String::new(), &mean));
+        rows.push(row("the first mask, left where it is", String::new(), String::new(), &still));
+        let text = format!(
+            "video: J&F {:.1} (J {:.1}, F {:.1}) over {objects} objects in {} videos\n{}",
+            mean.j_and_f(),
+            mean.j_mean,
+            mean.f_mean,
+            scored.len(),
+            table(&["video", "objects", "frames", "J&F", "J", "J recall", "F", "F recall"], &rows)
+        );
+        let source = setup.source("", &self.data.display().to_string());
+        let frames = scored.iter().map(|video| video.frames).sum();
+        let inference = format!("whole frames, {}", encoder.size_description());
+        let method = Method::Video { propagation: config, inference };
+        let protocol = Protocol::new(method, vec![source], None, frames, None);
+        let videos: Vec<_> = scored
+            .iter()
+            .map(|video| json!({ "name": video.name, "frames": video.frames, "objects": video.objects }))
+            .collect();
+        let scores = json!({ "j_and_f": mean.j_and_f(), "mean": mean, "videos": videos });
+        let data = format!("{objects} objects in {} videos", scored.len());
+        let mut outcome = Outcome::new("video", data, &Report { protocol, scores })?;
+        let of = |name: &str, value: f64| Metric::percent(name, value, None);
+        outcome.metrics = vec![of("J&F", mean.j_and_f()), of("J", mean.j_mean), of("F", mean.f_mean)];
+        outcome.more = vec![("still", json!(still))];
+        outcome.shown = Some(text);
+        Ok(outcome)
+    }
 }
 
 /// The videos in a folder, in the order of their names.
-fn videos(args: &Args) -> anyhow::Result<Vec<Video>> {
+fn videos(args: &Task) -> anyhow::Result<Vec<Video>> {
     let data = &args.data;
     let usage = |message: String| Usage(anyhow::anyhow!("{}: {message}", data.display()));
     let entries = std::fs::read_dir(data).map_err(|e| usage(e.to_string()))?;

@@ -22,7 +22,7 @@ pub(crate) struct Args {
 
 pub(super) fn run_attention(args: &Args) -> anyhow::Result<ExitCode> {
     check_output(&args.output.output)?;
-    let setup = DenseSetup::last_block(&args.images.seen)?;
+    let setup = DenseSetup::last_block(&args.images.given.load()?, &args.images.seen)?;
     let images = args.images.read()?;
     let encoder = setup.encoder()?;
     let mut resizer = Resizer::default();
@@ -33,7 +33,7 @@ pub(super) fn run_attention(args: &Args) -> anyhow::Result<ExitCode> {
         let grid = ((fitted.height() / stride) as usize, (fitted.width() / stride) as usize);
         let heads = attention_of(&encoder, &fitted);
         if heads.is_empty() {
-            let weights = args.images.seen.weights.display();
+            let weights = args.images.given.weights.display();
             return Err(Usage(anyhow::anyhow!(
                 "{weights}: a ConvNeXt has no attention\n\nhint: `viz pca` shows its patch tokens"
             ))
@@ -54,7 +54,7 @@ pub(super) fn run_attention(args: &Args) -> anyhow::Result<ExitCode> {
         title: "Attention of CLS in the last block".into(),
         note: format!(
             "{}. Bright is much; each map from its least to its greatest value. What is missing to 100 % goes to CLS and registers.",
-            weights_note(&setup, &args.images.seen.weights)
+            weights_note(&setup)
         ),
         rows,
         group: usize::MAX,
@@ -65,15 +65,15 @@ pub(super) fn run_attention(args: &Args) -> anyhow::Result<ExitCode> {
 
 pub(super) fn run_norms(args: &Args) -> anyhow::Result<ExitCode> {
     check_output(&args.output.output)?;
-    let setup = DenseSetup::last_block(&args.images.seen)?;
+    let setup = DenseSetup::last_block(&args.images.given.load()?, &args.images.seen)?;
     let images = args.images.read()?;
     let encoder = setup.encoder()?;
     let mut resizer = Resizer::default();
     let mut found = Vec::new();
     for (name, image) in images {
         let fitted = encoder.fitted(&image, &mut resizer);
-        let grid = setup.description.architecture.grid(fitted.height() as usize, fitted.width() as usize)?;
-        let tokens = setup.backbone.forward(encoder.pixels(&fitted), None).prenorm;
+        let grid = setup.given.description.architecture.grid(fitted.height() as usize, fitted.width() as usize)?;
+        let tokens = setup.given.backbone.forward(encoder.pixels(&fitted), None).prenorm;
         let [_, count, dim] = tokens.dims();
         // Patches are the last ones.
         let patches = tokens.narrow(1, count - grid.0 * grid.1, grid.0 * grid.1);
@@ -96,7 +96,7 @@ pub(super) fn run_norms(args: &Args) -> anyhow::Result<ExitCode> {
         note: format!(
             "{}. After the last block, before the final norm. From {:.1} (dark) to {:.1} (bright) in all maps, median {:.1}. \
              A few very bright patches are the outliers that registers are for.",
-            weights_note(&setup, &args.images.seen.weights),
+            weights_note(&setup),
             common.0,
             common.1,
             median(&all)

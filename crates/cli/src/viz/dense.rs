@@ -5,10 +5,13 @@ use std::process::ExitCode;
 use super::canvas::{Sheet, Tile, check_output};
 use super::paint::{class_color, distance, heat, overlay};
 use super::{Output, file_name, spread, weights_note};
+use crate::eval::given::Weights;
 use crate::eval::{depth, segmentation};
 
 #[derive(clap::Args)]
 pub(crate) struct Args<T: clap::Args> {
+    #[command(flatten)]
+    given: Weights,
     #[command(flatten)]
     task: T,
     /// Val images to show, evenly spread
@@ -20,7 +23,7 @@ pub(crate) struct Args<T: clap::Args> {
 
 pub(super) fn run_segmentation(args: &Args<segmentation::Task>) -> anyhow::Result<ExitCode> {
     check_output(&args.output.output)?;
-    let trained = args.task.train()?;
+    let trained = args.task.train(&args.given.load()?)?;
     let encoder = trained.setup.encoder()?;
     let (val, classes) = (&trained.val, trained.classes);
     let mut rows = Vec::new();
@@ -45,10 +48,10 @@ pub(super) fn run_segmentation(args: &Args<segmentation::Task>) -> anyhow::Resul
     let legend =
         seen.into_iter().map(|class| (class_color(class as usize), trained.names[class as usize].clone())).collect();
     let sheet = Sheet {
-        title: "Segmentation by a linear head on patch tokens".into(),
+        title: "Segmentation by a head on patch tokens".into(),
         note: format!(
             "{}. Head trained on {} images. Dark pixels of a mask are void.",
-            weights_note(&trained.setup, &args.task.common.seen.weights),
+            weights_note(&trained.setup),
             trained.train_images
         ),
         rows,
@@ -60,7 +63,7 @@ pub(super) fn run_segmentation(args: &Args<segmentation::Task>) -> anyhow::Resul
 
 pub(super) fn run_depth(args: &Args<depth::Task>) -> anyhow::Result<ExitCode> {
     check_output(&args.output.output)?;
-    let trained = args.task.train()?;
+    let trained = args.task.train(&args.given.load()?)?;
     let encoder = trained.setup.encoder()?;
     let val = &trained.val;
     let images = dinoxide_evaluation::dense::depth::DepthImages { source: val, scale: trained.scale };
@@ -98,11 +101,11 @@ pub(super) fn run_depth(args: &Args<depth::Task>) -> anyhow::Result<ExitCode> {
         ]);
     }
     let sheet = Sheet {
-        title: "Depth by a linear head on patch tokens".into(),
+        title: "Depth by a head on patch tokens".into(),
         note: format!(
             "{}. Head trained on {} images. From {:.1} m (red) to {:.1} m (blue); gray is not measured. \
              Errors from 0 (dark) to {scale:.1} m (bright).",
-            weights_note(&trained.setup, &args.task.common.seen.weights),
+            weights_note(&trained.setup),
             trained.train_images,
             range.0,
             range.1

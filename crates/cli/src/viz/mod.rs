@@ -14,6 +14,7 @@ use dinoxide_data::{DecodeLimits, decode_file, open};
 use image::RgbImage;
 
 use crate::eval::dense::{DenseSetup, Seen};
+use crate::eval::given::Weights;
 use crate::eval::{depth, segmentation};
 use crate::terminal;
 
@@ -57,6 +58,8 @@ impl Output {
 #[derive(clap::Args)]
 struct Images {
     #[command(flatten)]
+    given: Weights,
+    #[command(flatten)]
     seen: Seen,
     /// Images: a folder, one image file, or `synthetic`
     #[arg(long, value_name = "PATH")]
@@ -93,15 +96,15 @@ fn file_name(id: &str) -> String {
 }
 
 /// What a picture says of its weights.
-fn weights_note(setup: &DenseSetup, weights: &Path) -> String {
-    let architecture = &setup.description.architecture;
-    let provenance = &setup.description.provenance;
+fn weights_note(setup: &DenseSetup) -> String {
+    let architecture = &setup.given.description.architecture;
+    let provenance = &setup.given.description.provenance;
     let trained = if provenance.is_known() {
         format!(", {} steps on {}", crate::table::count(provenance.steps), file_name(&provenance.data))
     } else {
         String::new()
     };
-    format!("{} ({architecture}{trained})", file_name(&weights.display().to_string()))
+    format!("{} ({architecture}{trained})", file_name(&setup.given.weights))
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {

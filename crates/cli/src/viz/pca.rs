@@ -30,7 +30,7 @@ pub(crate) struct Args {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     check_output(&args.output.output)?;
-    let setup = DenseSetup::whole(&args.images.seen, &args.layers)?;
+    let setup = DenseSetup::whole(&args.images.given.load()?, &args.images.seen, &args.layers)?;
     let images = args.images.read()?;
     let encoder = setup.encoder()?;
     let mut resizer = Resizer::default();
@@ -88,7 +88,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         title: "Principal components of patch tokens".into(),
         note: format!(
             "{}. The first three components {what}, common to all images, as red, green and blue; they have {} of the variance.",
-            weights_note(&setup, &args.images.seen.weights),
+            weights_note(&setup),
             shares.join(", ")
         ),
         rows: rows_of_pairs(tiles),

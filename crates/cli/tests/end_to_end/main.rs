@@ -3,6 +3,8 @@
 mod bad_input;
 mod bench;
 mod convnext;
+mod copies;
+mod correspondence;
 mod dense;
 mod distillation;
 mod embed;

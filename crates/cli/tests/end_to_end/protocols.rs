@@ -1,5 +1,6 @@
 //! `dinoxide eval`: few-shot k-NN, logistic regression, retrieval, clustering, suites and comparisons.
 
+use image::{GrayImage, Luma, Rgb, RgbImage};
 use serde_json::{Value, json};
 
 use crate::eval::{eval, one_object, place};
@@ -173,6 +174,140 @@ fn a_suite_is_one_table_and_takes_each_set_once() {
     run(&place, "suite", &["--config", "none.toml"]).failed(2, &["none.toml: "]);
     run(&place, "suite", &["--config", "suite.toml", "--output", "nowhere/suite.json"])
         .failed(2, &["nowhere: no such folder to write to"]);
+}
+
+const DENSE: &str = "[[task]]\ntask = \"knn\"\ntrain = \"train\"\nval = \"val\"\nk = 2\n\
+     [[task]]\ntask = \"segmentation\"\ntrain = \"synthetic:images=24,size=32x40\"\nval = \"synthetic:split=val,images=6,size=40x32\"\n\
+     iterations = 12\nsamples = 4\n\
+     [[task]]\ntask = \"depth\"\ntrain = \"synthetic:images=24,size=32x40\"\nval = \"synthetic:split=val,images=6,size=40x32\"\n\
+     iterations = 12\nsamples = 4\nmax_depth = 11\n\
+     [[task]]\ntask = \"video\"\ndata = \"videos\"\n\
+     [[task]]\ntask = \"foreground\"\ntrain = \"synthetic:images=24,size=32x40\"\nval = \"synthetic:split=val,images=6,size=40x32\"\n\
+     iterations = 12\nsamples = 4\n";
+
+/// A video of a square that moves.
+fn video(place: &Workplace) {
+    for i in 0..4 {
+        let inside = |x: u32, y: u32| (4 + 2 * i..14 + 2 * i).contains(&x) && (4..14).contains(&y);
+        let frame = |x, y| Rgb(if inside(x, y) { [230, 200, 90] } else { [30, 50, 90] });
+        place.write_image(&format!("videos/one/img/{i}.png"), &RgbImage::from_fn(24, 20, frame));
+        let mask = GrayImage::from_fn(24, 20, |x, y| Luma([u8::from(inside(x, y))]));
+        let path = place.path(&format!("videos/one/mask/{i}.png"));
+        std::fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        mask.save(path).expect("written");
+    }
+}
+
+#[test]
+fn dense_tasks_stand_in_the_same_table_and_can_be_compared() {
+    let place = place();
+    video(&place);
+    place.write("suite.toml", DENSE);
+    let found = run(&place, "suite", &["--config", "suite.toml", "--output", "a.json"]).succeeded().stdout;
+    let rows: Vec<Vec<&str>> = found
+        .lines()
+        .filter(|line| line.starts_with("| "))
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    assert_eq!(rows.iter().map(Vec::len).collect::<Vec<_>>(), [5; 14], "{found}");
+    let names: Vec<String> = rows[1..].iter().map(|row| format!("{} {}", row[0], row[1])).collect();
+    let expected = [
+        "knn top-1, k = 2",
+        "segmentation mIoU",
+        " mean accuracy",
+        " pixel accuracy",
+        "depth RMSE",
+        " AbsRel",
+        " δ < 1.25",
+        "video J&F",
+        " J",
+        " F",
+        "foreground IoU, linear",
+        " IoU, attention",
+        " IoU, first component",
+    ];
+    assert_eq!(names, expected);
+    assert!(rows[5][2].ends_with(" m") && rows[5][4] == "6 val, 24 train images", "{:?}", rows[5]);
+    let results = one_object(&String::from_utf8(place.read("a.json")).expect("UTF-8"));
+    let alone = run(&place, "video", &["--data", "videos", "--json"]).succeeded().stdout;
+    assert_eq!(results["results"][3], one_object(&alone), "a suite changes no score");
+    let itself = place.run(&["eval", "compare", "a.json", "a.json"]).succeeded().stdout;
+    assert!(itself.contains("foreground: IoU, first component"), "{itself}");
+}
+
+#[test]
+fn several_backbones_stand_side_by_side() {
+    let place = place();
+    place.train("untrained", &["--length", "0 steps"]).succeeded();
+    let suite = "[[task]]\ntask = \"knn\"\ntrain = \"train\"\nval = \"val\"\nk = [2, 5]\n\
+                 [[task]]\ntask = \"clustering\"\ndata = \"val\"\n";
+    place.write("suite.toml", suite);
+    let args = ["--weights", "untrained/teacher.safetensors", "--config", "suite.toml", "--output", "both.json"];
+    let found = run(&place, "suite", &args).succeeded();
+    let lines: Vec<&str> = found.stdout.lines().collect();
+    assert_eq!(lines[..2], ["- A: `run/teacher.safetensors`", "- B: `untrained/teacher.safetensors`"]);
+    assert_eq!(lines[3], "| task | metric | A | B | images |");
+    assert_eq!(lines.len(), 5 + 2 + 3, "{}", found.stdout);
+    let result = one_object(&String::from_utf8(place.read("both.json")).expect("UTF-8"));
+    let backbones = result["backbones"].as_array().expect("backbones");
+    assert_eq!(backbones.len(), 2);
+    for (backbone, weights) in backbones.iter().zip(["run", "untrained"]) {
+        let weights = format!("{weights}/teacher.safetensors");
+        assert_eq!(backbone["weights"], weights.as_str());
+        let alone = place.run(&["eval", "suite", "--weights", &weights, "--config", "suite.toml", "--json"]);
+        assert_eq!(backbone["results"], one_object(&alone.succeeded().stdout)["results"]);
+    }
+    let steps = |i: usize| backbones[i]["results"][0]["provenance"]["steps"].as_u64();
+    assert_eq!([steps(0), steps(1)], [Some(10), Some(0)]);
+    place
+        .run(&["eval", "compare", "both.json", "both.json"])
+        .failed(2, &["both.json: holds several backbones", "hint: "]);
+    // Other sizes of training would mean other crops, and other patches other windows.
+    let larger = ["--length", "0 steps", "--set", "augmentation.global_crop_size=24", "--set", "model.patch_size=8"];
+    place.train("larger", &larger).succeeded();
+    let args = ["--weights", "larger/teacher.safetensors", "--config", "suite.toml"];
+    run(&place, "suite", &args).failed(
+        2,
+        &["run/teacher.safetensors was trained at 16 px, larger/teacher.safetensors at 24", "hint: ", "`--crop`"],
+    );
+    let alike = run(&place, "suite", &[&args[..], &["--crop", "24"]].concat()).succeeded();
+    assert!(!alike.stderr.contains("warning"), "{}", alike.stderr);
+    video(&place);
+    place.write("suite.toml", "[[task]]\ntask = \"video\"\ndata = \"videos\"\n");
+    let unlike = run(&place, "suite", &args).succeeded();
+    let note = "A and B were not measured alike: video: method.inference is";
+    assert!(unlike.stderr.contains(&format!("warning: {note}")), "{}", unlike.stderr);
+    assert!(unlike.stdout.contains(&format!("\n- {note}")), "{}", unlike.stdout);
+}
+
+#[test]
+fn a_task_that_fails_is_named_and_the_others_are_measured() {
+    let place = place();
+    let knn = "[[task]]\ntask = \"knn\"\ntrain = \"train\"\nval = \"val\"\nk = 2\n";
+    let missing = "[[task]]\ntask = \"clustering\"\ndata = \"nowhere\"\n";
+    video(&place);
+    std::fs::copy(place.path("videos/one/img/1.png"), place.path("videos/one/mask/1.png")).expect("copied");
+    let damaged = "[[task]]\ntask = \"video\"\ndata = \"videos\"\n";
+    let cases = [(missing, 2, "clustering: ", "nowhere"), (damaged, 1, "video: ", "one number per pixel")];
+    for (wrong, code, name, message) in cases {
+        place.write("suite.toml", format!("{wrong}{knn}"));
+        let args = ["--config", "suite.toml", "--output", "partly.json"];
+        let found = run(&place, "suite", &args);
+        assert_eq!(found.code, Some(code), "{}", found.stderr);
+        let error = "error: suite.toml: 1 of 2 evaluations failed\ntask 1, ";
+        assert!(found.stderr.contains(&format!("{error}{name}")) && found.stderr.contains(message), "{}", found.stderr);
+        assert!(found.stdout.contains("| - | failed | - | - |\n| knn | top-1, k = 2 |"), "{}", found.stdout);
+        assert!(found.stdout.contains(&format!("\n- task 1, {name}")), "{}", found.stdout);
+        let result = one_object(&String::from_utf8(place.read("partly.json")).expect("UTF-8"));
+        assert_eq!(result["results"].as_array().map(Vec::len), Some(1));
+        assert!(result["failed"][0]["error"].as_str().is_some_and(|error| error.contains(message)), "{result}");
+    }
+    assert_eq!(cases.len(), 2);
+    place.write("suite.toml", missing);
+    std::fs::remove_file(place.path("partly.json")).expect("there");
+    run(&place, "suite", &["--config", "suite.toml", "--output", "partly.json"])
+        .failed(2, &["suite.toml: 1 of 1 evaluations failed", "task 1, clustering: "]);
+    assert!(!place.path("partly.json").exists());
 }
 
 #[test]

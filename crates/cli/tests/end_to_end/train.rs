@@ -59,6 +59,32 @@ fn stdout_has_the_change_of_knn_accuracy_and_nothing_else() {
 }
 
 #[test]
+fn a_run_of_no_step_writes_the_backbone_that_a_longer_run_starts_from() {
+    let place = Workplace::new();
+    let run = place.train("untrained", &["--length", "0 steps"]).succeeded();
+    assert_eq!(run.stderr.matches("after 0 steps").count(), 1, "{}", run.stderr);
+    let numbers: Vec<&str> = run.stdout.split_whitespace().filter(|word| word.parse::<f64>().is_ok()).collect();
+    assert_eq!(numbers[0], numbers[1], "{}", run.stdout);
+    assert_eq!(place.checkpoints("untrained"), ["step-000000"]);
+    place.train("untrained", &["--length", "0 steps"]).succeeded();
+    // Nothing moves at a learning rate of zero, in a long run that starts from the same seed.
+    let still = ["--set", "schedule.lr={ start = 0.0, peak = 0.0, end = 0.0, warmup = '0 steps' }"];
+    place.train("still", &still).succeeded();
+    let norms = |run: &str| -> Vec<f64> {
+        let shown = place.run(&["inspect", &format!("{run}/teacher.safetensors"), "--json"]).succeeded().stdout;
+        let shown: Value = serde_json::from_str(&shown).expect("JSON");
+        let tensors = shown["tensors"].as_array().expect("tensors");
+        tensors.iter().map(|tensor| tensor["norm"].as_f64().expect("a number")).collect()
+    };
+    place.train("other", &["--length", "0 steps", "--seed", "9"]).succeeded();
+    let [untrained, still, other] = ["untrained", "still", "other"].map(norms);
+    let near = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 * a.abs());
+    assert!(untrained.len() > 10 && near(&untrained, &still), "{untrained:?} {still:?}");
+    assert!(!near(&untrained, &other), "another seed has other weights");
+    place.train("short", &["--length", "1 images"]).failed(2, &["\"1 images\" is not a single step of 4 images"]);
+}
+
+#[test]
 fn metrics_keep_their_schema() {
     let place = Workplace::new();
     place.train("run", &["--set", "eval.every='4 steps'"]).succeeded();

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Encoder;
 use super::bilinear::Bilinear;
-use super::head::{HeadConfig, LinearHead, Outputs};
+use super::head::{HeadConfig, Outputs};
+use super::heads::Head;
 use super::scratch::{Scratch, Span, StoredGrid};
 use super::segmentation::scaled;
 use crate::EvaluationError;
@@ -53,7 +54,7 @@ impl DepthRange {
 
 /// A trained head.
 pub struct DepthHead {
-    head: LinearHead,
+    head: Head,
     output: DepthOutput,
     range: DepthRange,
 }
@@ -241,7 +242,7 @@ impl DepthHead {
         let total = config.iterations;
         let mut report = |done: usize, _: f64| progress("head", done, total);
         let tokens = (&scratch, &stored.grids[..]);
-        let head = LinearHead::train("depth", tokens, output.channels(), config, encoder.device(), &loss, &mut report)?;
+        let head = Head::train("depth", tokens, output.channels(), config, encoder, &loss, &mut report)?;
         Ok((Self { head, output, range }, (sum / count as f64) as f32, rejected))
     }
 
@@ -257,10 +258,11 @@ impl DepthHead {
         let (mut sum, mut seen) = (vec![0.0; height * width], vec![0.0f32; height * width]);
         for window in encoder.windows(&fitted, encoder.overlapping_step()) {
             let tokens = encoder.window_tokens(&fitted, window, &mut resizer)?;
-            let depths = self.output.depths(&self.head.outputs(&tokens)?, self.range);
+            let (outputs, grid) = self.head.outputs(&tokens)?;
+            let depths = self.output.depths(&outputs, self.range);
             let (at, to) =
                 ((window.top as usize, window.left as usize), (window.height as usize, window.width as usize));
-            let bilinear = Bilinear::new((tokens.rows, tokens.columns), to, 1);
+            let bilinear = Bilinear::new(grid, to, 1);
             bilinear.add_to(&depths, &mut sum, width, at);
             bilinear.add_to(&vec![1.0; depths.len()], &mut seen, width, at);
         }

@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_augmentation::{CropBox, Resizer, RgbImage, normalize};
 use dinoxide_model::interpolation::{Filter, resize_tokens};
-use dinoxide_model::{Backbone, weights::host};
+use dinoxide_model::{Architecture, Backbone, weights::host};
 use serde::{Deserialize, Serialize};
 
 use crate::EvaluationError;
@@ -19,10 +19,24 @@ pub struct TokenGridConfig {
     pub window_px: usize,
     /// Tokens of this many last blocks, after the final norm, are concatenated; of a ConvNeXt, stages.
     pub last_blocks: usize,
+    /// Take so many blocks evenly from all, in the place of the last: of 12, four are 2, 5, 8 and 11.
+    pub spread: bool,
     /// Mean of the colour channels.
     pub mean: [f32; 3],
     /// Their standard deviation.
     pub std: [f32; 3],
+}
+
+impl TokenGridConfig {
+    /// The blocks that are meant, of so many.
+    pub fn layers(&self, available: usize) -> Vec<usize> {
+        let count = self.last_blocks;
+        if self.spread {
+            (1..=count).map(|i| (i * available).div_ceil(count) - 1).collect()
+        } else {
+            (available - count..available).collect()
+        }
+    }
 }
 
 /// The patch tokens of an image or window.
@@ -72,7 +86,7 @@ impl<'a> Encoder<'a> {
         if channels != 3 {
             return refused(format!("the backbone takes images of {channels} channels, these have 3"));
         }
-        let layers = (available - config.last_blocks..available).collect();
+        let layers = config.layers(available);
         Ok(Self { backbone, device: device.clone(), config: config.clone(), layers, stride })
     }
 
@@ -99,6 +113,14 @@ impl<'a> Encoder<'a> {
     /// Blocks whose tokens are used, counted from 0.
     pub fn layers(&self) -> &[usize] {
         &self.layers
+    }
+
+    /// Widths of the tokens of each of these blocks, which lie side by side.
+    pub fn widths(&self) -> Vec<usize> {
+        match self.backbone.architecture() {
+            Architecture::Vit(config) => vec![config.embed_dim; self.layers.len()],
+            Architecture::ConvNext(config) => self.layers.iter().map(|&stage| config.dims[stage]).collect(),
+        }
     }
 
     /// The image at the size in which it is seen: proportions kept but for rounding to whole patches.
@@ -216,11 +238,11 @@ fn grid_of(count: usize, (height, width): (usize, usize)) -> (usize, usize) {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use dinoxide_model::{Arch, Architecture, ConvNextConfig, ModelConfig};
+    use dinoxide_model::{Arch, ConvNextConfig, ModelConfig};
     use dinoxide_random::{Purpose, stream};
 
     pub(crate) fn config(window_px: usize) -> TokenGridConfig {
-        TokenGridConfig { short_px: None, window_px, last_blocks: 1, mean: [0.5; 3], std: [0.25; 3] }
+        TokenGridConfig { short_px: None, window_px, last_blocks: 1, spread: false, mean: [0.5; 3], std: [0.25; 3] }
     }
 
     /// A ViT of patch 4, 8 wide, 2 deep.
@@ -256,6 +278,17 @@ pub(crate) mod tests {
             assert_eq!(fitted_size(size, short, stride), expected, "{size:?} {short:?} {stride}");
         }
         assert_eq!(cases.len(), 5);
+    }
+
+    #[test]
+    fn blocks_are_the_last_or_spread_evenly() {
+        let layers =
+            |last_blocks, spread, available| TokenGridConfig { last_blocks, spread, ..config(16) }.layers(available);
+        assert_eq!(layers(4, false, 12), [8, 9, 10, 11]);
+        assert_eq!(layers(4, true, 12), [2, 5, 8, 11]);
+        assert_eq!(layers(4, true, 24), [5, 11, 17, 23]);
+        assert_eq!(layers(4, true, 6), [1, 2, 4, 5]);
+        assert_eq!(layers(4, true, 4), [0, 1, 2, 3]);
     }
 
     #[test]
@@ -314,6 +347,7 @@ pub(crate) mod tests {
         let encoder = Encoder::new(&backbone, &TokenGridConfig { last_blocks: 2, ..config(64) }, &device).unwrap();
         let grid = encoder.tokens(&image(96, 64)).unwrap();
         assert_eq!((grid.rows, grid.columns, grid.dim), (4, 6, 18));
+        assert_eq!(encoder.widths(), [8, 10]);
     }
 
     #[test]

@@ -275,7 +275,7 @@ fn at_patches(labels: &[u32], (width, height): (u32, u32), (rows, columns): (usi
 }
 
 /// Intersection over union of a figure with the places of label 1; places of label `void` do not count. 1 if both are empty.
-fn iou(figure: &[bool], truth: &[u32], void: u32) -> f64 {
+pub(super) fn iou(figure: &[bool], truth: &[u32], void: u32) -> f64 {
     let pairs = || figure.iter().zip(truth).filter(|(_, truth)| **truth != void);
     let both = pairs().filter(|(figure, truth)| **figure && **truth == 1).count();
     let union = pairs().filter(|(figure, truth)| **figure || **truth == 1).count();

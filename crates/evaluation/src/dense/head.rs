@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::TokenGrid;
+use super::heads::HeadKind;
 use super::scratch::{Scratch, StoredGrid};
 use crate::EvaluationError;
 use crate::linear_probe::standard_normal;
@@ -29,6 +30,8 @@ const INIT_STD: f32 = 0.01;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HeadConfig {
+    /// What it is made of.
+    pub kind: HeadKind,
     /// AdamW iterations.
     pub iterations: usize,
     /// Images (or windows of large images) in an iteration.
@@ -39,7 +42,7 @@ pub struct HeadConfig {
     pub weight_decay: f64,
     /// Decay of the moments.
     pub betas: (f64, f64),
-    /// Probability with which a channel of an image is left out.
+    /// Probability with which a channel of an image is left out; by a linear head.
     pub dropout: f64,
     /// Share of the iterations in which the learning rate rises, linearly; it falls to 0 by half a cosine over all.
     pub warmup: f64,
@@ -51,6 +54,7 @@ impl Default for HeadConfig {
     /// DINOv3's for ADE20K, but for the length, which there is 40,000 iterations.
     fn default() -> Self {
         Self {
+            kind: HeadKind::Linear,
             iterations: 1000,
             batch_size: 16,
             learning_rate: 1e-3,
@@ -92,27 +96,31 @@ impl HeadConfig {
 
     /// In words, for a protocol.
     pub fn description(&self) -> String {
+        let kind = match self.kind {
+            HeadKind::Linear => format!("batch norm and 1x1 convolution, dropout {}", self.dropout),
+            HeadKind::Dpt => "DPT".to_owned(),
+        };
         format!(
-            "batch norm and 1x1 convolution, AdamW, learning rate {:e}, weight decay {:e}, dropout {}, {} iterations of {}, seed {}",
-            self.learning_rate, self.weight_decay, self.dropout, self.iterations, self.batch_size, self.seed
+            "{kind}, AdamW, learning rate {:e}, weight decay {:e}, {} iterations of {}, seed {}",
+            self.learning_rate, self.weight_decay, self.iterations, self.batch_size, self.seed
         )
     }
 }
 
 /// A parameter with its moments.
-struct Parameter {
-    value: Tensor<2>,
+pub(super) struct Parameter {
+    pub(super) value: Tensor<2>,
     first: Tensor<2>,
     second: Tensor<2>,
 }
 
 impl Parameter {
-    fn new(values: Vec<f32>, shape: [usize; 2], device: &Device) -> Self {
+    pub(super) fn new(values: Vec<f32>, shape: [usize; 2], device: &Device) -> Self {
         let zeros = Tensor::zeros(shape, (device, DType::F32));
         Self { value: matrix(values, shape, device), first: zeros.clone(), second: zeros }
     }
 
-    fn update(&mut self, gradient: Tensor<2>, t: usize, config: &HeadConfig) {
+    pub(super) fn update(&mut self, gradient: Tensor<2>, t: usize, config: &HeadConfig) {
         let (b1, b2) = config.betas;
         self.first = self.first.clone().mul_scalar(b1) + gradient.clone().mul_scalar(1.0 - b1);
         self.second = self.second.clone().mul_scalar(b2) + gradient.powi_scalar(2).mul_scalar(1.0 - b2);
@@ -125,7 +133,7 @@ impl Parameter {
     }
 }
 
-fn matrix(values: Vec<f32>, shape: [usize; 2], device: &Device) -> Tensor<2> {
+pub(super) fn matrix(values: Vec<f32>, shape: [usize; 2], device: &Device) -> Tensor<2> {
     Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
 }
 
@@ -291,7 +299,7 @@ impl LinearHead {
 }
 
 /// An endless sequence of epochs, each a permutation of the images.
-struct Order {
+pub(super) struct Order {
     images: usize,
     seed: u64,
     epoch: Option<usize>,
@@ -299,11 +307,11 @@ struct Order {
 }
 
 impl Order {
-    fn new(images: usize, seed: u64) -> Self {
+    pub(super) fn new(images: usize, seed: u64) -> Self {
         Self { images, seed, epoch: None, permutation: Vec::new() }
     }
 
-    fn at(&mut self, position: usize) -> usize {
+    pub(super) fn at(&mut self, position: usize) -> usize {
         let epoch = position / self.images;
         if self.epoch != Some(epoch) {
             self.epoch = Some(epoch);

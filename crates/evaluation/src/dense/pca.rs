@@ -21,6 +21,8 @@ pub struct Components {
     directions: Vec<Vec<f64>>,
     /// Shares of the variance.
     pub shares: Vec<f64>,
+    /// Variances along the directions.
+    pub variances: Vec<f64>,
 }
 
 impl Moments {
@@ -62,19 +64,28 @@ impl Moments {
             SymmetricEigen::try_new(covariance, f64::EPSILON, 0).ok_or(EvaluationError::Eigenvalues { size })?;
         let mut order: Vec<usize> = (0..self.dim).collect();
         order.sort_by(|&a, &b| eigen.eigenvalues[b].total_cmp(&eigen.eigenvalues[a]));
-        let (mut directions, mut shares) = (Vec::new(), Vec::new());
+        let (mut directions, mut shares, mut variances) = (Vec::new(), Vec::new(), Vec::new());
         for &i in &order[..k] {
             let column = eigen.eigenvectors.column(i);
             // The sign of an eigenvector is nobody's; fixed, results repeat.
             let sign = column[column.iamax()].signum();
             directions.push(column.iter().map(|v| sign * v).collect());
+            variances.push(eigen.eigenvalues[i].max(0.0));
             shares.push(if total > 0.0 { eigen.eigenvalues[i].max(0.0) / total } else { 0.0 });
         }
-        Ok(Components { mean, directions, shares })
+        Ok(Components { mean, directions, shares, variances })
     }
 }
 
 impl Components {
+    /// Forgets the components from the first on whose share of the variance is not wanted.
+    pub fn keep(&mut self, wanted: impl Fn(f64) -> bool) {
+        let count = self.shares.iter().take_while(|share| wanted(**share)).count();
+        self.directions.truncate(count);
+        self.shares.truncate(count);
+        self.variances.truncate(count);
+    }
+
     /// The coordinates of tokens `[n, dim]` along the components: `[n, k]`.
     pub fn project(&self, tokens: &[f32]) -> Vec<f32> {
         let dim = self.mean.len();

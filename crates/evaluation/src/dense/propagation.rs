@@ -122,7 +122,12 @@ impl<'a> Propagation<'a> {
     }
 }
 
-fn unit_tokens(encoder: &Encoder<'_>, image: &RgbImage, resizer: &mut Resizer) -> Result<TokenGrid, EvaluationError> {
+/// The tokens of an image, each of unit length.
+pub(super) fn unit_tokens(
+    encoder: &Encoder<'_>,
+    image: &RgbImage,
+    resizer: &mut Resizer,
+) -> Result<TokenGrid, EvaluationError> {
     let mut grid = encoder.tokens(&encoder.fitted(image, resizer))?;
     for token in grid.values.chunks_exact_mut(grid.dim) {
         let norm = token.iter().map(|v| v * v).sum::<f32>().sqrt().max(1e-12);
@@ -167,7 +172,8 @@ fn carried(config: &PropagationConfig, target: &TokenGrid, context: &[&Labeled],
     out
 }
 
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+/// The inner product.
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 16];
     let (a_whole, a_rest) = a.as_chunks::<16>();
     let (b_whole, b_rest) = b.as_chunks::<16>();

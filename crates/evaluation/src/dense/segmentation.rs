@@ -9,10 +9,11 @@ use dinoxide_augmentation::{CropBox, Resizer, RgbImage};
 use dinoxide_data::{AnnotatedSource, IntegerMap, Rejected};
 use rayon::prelude::*;
 
+use super::Encoder;
 use super::bilinear::Bilinear;
-use super::head::{HeadConfig, LinearHead, Outputs};
+use super::head::{HeadConfig, Outputs};
+use super::heads::Head;
 use super::scratch::{Scratch, Span, StoredGrid};
-use super::{Encoder, TokenGrid};
 use crate::EvaluationError;
 use crate::segmentation::{ConfusionMatrix, reduce_zero_label};
 
@@ -108,7 +109,7 @@ pub(crate) fn same_size(map: &IntegerMap, (width, height): (u32, u32)) -> Result
 
 /// A trained head.
 pub struct SegmentationHead {
-    head: LinearHead,
+    head: Head,
 }
 
 /// Tokens of train windows and what is true there.
@@ -165,8 +166,7 @@ impl SegmentationHead {
         let total = config.iterations;
         let mut report = |done: usize, _: f64| progress("head", done, total);
         let tokens = (&scratch, &stored.grids[..]);
-        let head =
-            LinearHead::train("segmentation", tokens, classes.count, config, encoder.device(), &loss, &mut report)?;
+        let head = Head::train("segmentation", tokens, classes.count, config, encoder, &loss, &mut report)?;
         Ok((Self { head }, rejected))
     }
 
@@ -237,7 +237,7 @@ fn read(
 
 /// The outputs of a head for a fitted image, averaged over overlapping windows, and their size `(height, width)`.
 pub(crate) fn dense_outputs(
-    head: &LinearHead,
+    head: &Head,
     encoder: &Encoder<'_>,
     image: &RgbImage,
 ) -> Result<(Vec<f32>, (usize, usize)), EvaluationError> {
@@ -249,10 +249,10 @@ pub(crate) fn dense_outputs(
     let mut seen = vec![0u16; height * width];
     for window in encoder.windows(&fitted, encoder.overlapping_step()) {
         let tokens = encoder.window_tokens(&fitted, window, &mut resizer)?;
-        let outputs = head.outputs(&tokens)?;
+        let (outputs, grid) = head.outputs(&tokens)?;
         let (top, left) = (window.top as usize, window.left as usize);
         let to = (window.height as usize, window.width as usize);
-        resized(&tokens, to, channels).add_to(&outputs, &mut sum, width, (top, left));
+        Bilinear::new(grid, to, channels).add_to(&outputs, &mut sum, width, (top, left));
         for row in seen.chunks_mut(width).skip(top).take(to.0) {
             row[left..left + to.1].iter_mut().for_each(|times| *times += 1);
         }
@@ -261,10 +261,6 @@ pub(crate) fn dense_outputs(
         sum.iter_mut().for_each(|sum| *sum /= f32::from(times));
     }
     Ok((sum, (height, width)))
-}
-
-fn resized(tokens: &TokenGrid, to: (usize, usize), channels: usize) -> Bilinear {
-    Bilinear::new((tokens.rows, tokens.columns), to, channels)
 }
 
 /// A window of one size of an image, in the pixels of another size.
@@ -485,7 +481,8 @@ mod tests {
             .map(|left| {
                 let window = CropBox { left, top: 0, width: 16, height: 16 };
                 let tokens = encoder.window_tokens(&image, window, &mut resizer).unwrap();
-                resized(&tokens, (16, 16), 3).map(&head.head.outputs(&tokens).unwrap(), <[f32]>::to_vec).concat()
+                let (outputs, grid) = head.head.outputs(&tokens).unwrap();
+                Bilinear::new(grid, (16, 16), 3).map(&outputs, <[f32]>::to_vec).concat()
             })
             .collect();
         let at = |part: &[f32], x: usize| part[(5 * 16 + x) * 3 + 1];

@@ -1,33 +1,12 @@
-//! `dinoxide eval suite`: several evaluations of one backbone from a file, in one table.
-
-use std::fmt::Write;
-use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+//! The file of a suite: which evaluations, with which flags.
 
 use clap::{Parser, Subcommand};
-use serde_json::{Value, json};
 
-use super::common::{Frozen, Network, Outcome, Task};
-use super::{check_writable, clustering, knn, linear, logistic, retrieval, write};
-use crate::{Usage, terminal};
-
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    /// The evaluations, in TOML: a table `[[task]]` for each, with its name as `task` and its flags as keys
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-    #[command(flatten)]
-    network: Network,
-    /// Also write all results here as JSON, to be compared with those of another backbone
-    #[arg(long, value_name = "FILE")]
-    output: Option<PathBuf>,
-    /// Also write the table here as Markdown
-    #[arg(long, value_name = "FILE")]
-    markdown: Option<PathBuf>,
-    /// Print one JSON object on stdout and nothing else there
-    #[arg(long)]
-    json: bool,
-}
+use crate::eval::common::{Frozen, Outcome, Task};
+use crate::eval::dense::DenseTask;
+use crate::eval::{
+    clustering, copies, correspondence, depth, foreground, knn, linear, logistic, retrieval, segmentation, video,
+};
 
 /// A line of arguments like that of `dinoxide eval`, which a table of the file stands for.
 #[derive(Parser)]
@@ -38,66 +17,72 @@ struct Line {
 }
 
 #[derive(Subcommand)]
-enum Evaluation {
+pub(super) enum Evaluation {
     Knn(knn::Task),
     Linear(linear::Task),
     Logistic(logistic::Task),
     Retrieval(retrieval::Task),
     Clustering(clustering::Task),
+    Copies(copies::Task),
+    Segmentation(segmentation::Task),
+    Depth(depth::Task),
+    Video(video::Task),
+    Foreground(foreground::Task),
+    Correspondence(correspondence::Task),
 }
 
 impl Evaluation {
-    fn blocks(&self) -> usize {
+    /// What the file calls it.
+    pub(super) fn name(&self) -> &'static str {
         match self {
-            Self::Knn(_) => knn::Task::BLOCKS,
-            Self::Linear(_) => linear::Task::BLOCKS,
-            Self::Logistic(_) => logistic::Task::BLOCKS,
-            Self::Retrieval(_) => retrieval::Task::BLOCKS,
-            Self::Clustering(_) => clustering::Task::BLOCKS,
+            Self::Knn(_) => "knn",
+            Self::Linear(_) => "linear",
+            Self::Logistic(_) => "logistic",
+            Self::Retrieval(_) => "retrieval",
+            Self::Clustering(_) => "clustering",
+            Self::Copies(_) => "copies",
+            Self::Segmentation(_) => "segmentation",
+            Self::Depth(_) => "depth",
+            Self::Video(_) => "video",
+            Self::Foreground(_) => "foreground",
+            Self::Correspondence(_) => "correspondence",
         }
     }
 
-    fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {
+    /// Last blocks whose CLS tokens it needs; none where images are seen at a task's own size.
+    pub(super) fn blocks(&self) -> Option<usize> {
+        match self {
+            Self::Knn(_) => Some(knn::Task::BLOCKS),
+            Self::Linear(_) => Some(linear::Task::BLOCKS),
+            Self::Logistic(_) => Some(logistic::Task::BLOCKS),
+            Self::Retrieval(_) => Some(retrieval::Task::BLOCKS),
+            Self::Clustering(_) => Some(clustering::Task::BLOCKS),
+            Self::Copies(_) => Some(copies::Task::BLOCKS),
+            Self::Segmentation(_) | Self::Depth(_) | Self::Video(_) | Self::Foreground(_) | Self::Correspondence(_) => {
+                None
+            }
+        }
+    }
+
+    pub(super) fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {
         match self {
             Self::Knn(task) => task.run(frozen),
             Self::Linear(task) => task.run(frozen),
             Self::Logistic(task) => task.run(frozen),
             Self::Retrieval(task) => task.run(frozen),
             Self::Clustering(task) => task.run(frozen),
+            Self::Copies(task) => task.run(frozen),
+            Self::Segmentation(task) => task.run(&frozen.given),
+            Self::Depth(task) => task.run(&frozen.given),
+            Self::Video(task) => task.run(&frozen.given),
+            Self::Foreground(task) => task.run(&frozen.given),
+            Self::Correspondence(task) => task.run(&frozen.given),
         }
     }
-}
-
-pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let usage = |e: &dyn std::fmt::Display| Usage(anyhow::anyhow!("{}: {e}", args.config.display()));
-    let text = std::fs::read_to_string(&args.config).map_err(|e| usage(&e))?;
-    let tasks = parse(&text).map_err(|e| usage(&e))?;
-    for path in [&args.output, &args.markdown].into_iter().flatten() {
-        check_writable(path)?;
-    }
-    let blocks = tasks.iter().map(Evaluation::blocks).max().expect("at least one task");
-    let mut frozen = Frozen::new(&args.network, blocks)?;
-    let mut outcomes = Vec::with_capacity(tasks.len());
-    for (number, task) in (1..).zip(&tasks) {
-        let outcome = task.run(&mut frozen)?;
-        terminal::plain(&format!("{number}/{}  {}: {}", tasks.len(), outcome.task, outcome.data));
-        outcomes.push(outcome);
-    }
-    let results: Vec<Value> = outcomes.iter().map(|outcome| frozen.result(outcome)).collect();
-    let all = json!({ "task": "suite", "weights": results[0]["weights"], "results": results });
-    let pretty = serde_json::to_string_pretty(&all)?;
-    let markdown = table(&args.network.weights, &outcomes);
-    for (path, contents) in [(&args.output, &pretty), (&args.markdown, &markdown)] {
-        if let Some(path) = path {
-            write(path, contents)?;
-        }
-    }
-    terminal::data(if args.json { &pretty } else { markdown.trim_end() });
-    Ok(ExitCode::SUCCESS)
 }
 
 /// The tasks of a file.
-fn parse(text: &str) -> Result<Vec<Evaluation>, String> {
+pub(super) fn parse(text: &str) -> Result<Vec<Evaluation>, String> {
     let file: toml::Table = text.parse().map_err(|e: toml::de::Error| e.to_string().trim_end().to_owned())?;
     if let Some(key) = file.keys().find(|key| *key != "task") {
         return Err(format!("unknown key `{key}`\n\nhint: the file is a list of tables `[[task]]`"));
@@ -150,23 +135,6 @@ fn words(table: &toml::Table) -> Result<Vec<String>, String> {
     Ok(words)
 }
 
-/// All figures as a Markdown table.
-fn table(weights: &Path, outcomes: &[Outcome]) -> String {
-    let mut text = format!(
-        "`{}`\n\n| task | metric | score | 95 % interval | images |\n|---|---|---|---|---|\n",
-        weights.display()
-    );
-    for outcome in outcomes {
-        for (i, metric) in outcome.metrics.iter().enumerate() {
-            let (task, data) = if i == 0 { (outcome.task, outcome.data.as_str()) } else { ("", "") };
-            let interval = metric.interval_shown();
-            let row = format!("| {task} | {} | {} | {interval} | {data} |", metric.name, metric.shown());
-            writeln!(text, "{row}").expect("a string takes all");
-        }
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,10 +145,33 @@ mod tests {
                     [[task]]\ntask = \"linear\"\ntrain = \"t\"\nval = \"v\"\nselect_on_val = true\n";
         let tasks = parse(text).unwrap();
         assert!(matches!(tasks[..], [Evaluation::Knn(_), Evaluation::Linear(_)]));
-        assert_eq!(tasks.iter().map(Evaluation::blocks).collect::<Vec<_>>(), [1, 4]);
+        assert_eq!(tasks.iter().map(Evaluation::blocks).collect::<Vec<_>>(), [Some(1), Some(4)]);
         let file: toml::Table = text.parse().unwrap();
         let expected = ["knn", "--train=a b", "--val=v", "--k=3", "--k=5", "--temperature=0.1"];
         assert_eq!(words(file["task"][0].as_table().unwrap()).unwrap(), expected);
+    }
+
+    #[test]
+    fn every_evaluation_is_called_by_its_name() {
+        let of_classes = "train = \"t\"\nval = \"v\"\n";
+        let of_data = "data = \"d\"\n";
+        let all = [
+            ("knn", of_classes),
+            ("linear", of_classes),
+            ("logistic", of_classes),
+            ("retrieval", of_data),
+            ("clustering", of_data),
+            ("copies", "originals = \"o\"\n"),
+            ("segmentation", of_classes),
+            ("depth", of_classes),
+            ("video", of_data),
+            ("foreground", of_classes),
+            ("correspondence", of_data),
+        ];
+        let text: String = all.iter().map(|(name, keys)| format!("[[task]]\ntask = \"{name}\"\n{keys}")).collect();
+        let tasks = parse(&text).unwrap();
+        assert_eq!(tasks.iter().map(Evaluation::name).collect::<Vec<_>>(), all.map(|(name, _)| name));
+        assert_eq!(tasks.iter().filter(|task| task.blocks().is_none()).count(), 5);
     }
 
     #[test]
