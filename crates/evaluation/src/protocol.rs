@@ -5,8 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    dense::propagation::PropagationConfig, kmeans::KMeansConfig, knn::KnnConfig, linear::LinearConfig,
-    logistic::LogisticConfig, retrieval::RetrievalConfig,
+    dense::propagation::PropagationConfig, finetune::FinetuneConfig, kmeans::KMeansConfig, knn::KnnConfig,
+    linear::LinearConfig, logistic::LogisticConfig, retrieval::RetrievalConfig,
 };
 
 /// Where a feature vector comes from in the backbone's output.
@@ -55,6 +55,8 @@ pub enum Method {
     Knn(KnnConfig),
     /// Linear classifiers trained by SGD.
     Linear(LinearConfig),
+    /// The whole backbone trained with a linear classifier.
+    Finetune(FinetuneConfig),
     /// Multinomial logistic regression.
     Logistic(LogisticConfig),
     /// Rankings of a gallery by similarity.
@@ -173,6 +175,7 @@ mod tests {
         let methods = [
             (Method::Knn(KnnConfig::default()), "knn"),
             (Method::Linear(LinearConfig::default()), "linear"),
+            (Method::Finetune(FinetuneConfig::default()), "finetune"),
             (Method::Logistic(LogisticConfig::default()), "logistic"),
             (Method::Retrieval(RetrievalConfig::default()), "retrieval"),
             (Method::Revisited, "revisited"),
@@ -194,7 +197,7 @@ mod tests {
                 "foreground",
             ),
         ];
-        assert_eq!(methods.len(), 11);
+        assert_eq!(methods.len(), 12);
         for (method, task) in methods {
             let protocol = Protocol::new(method, vec![test_source()], Some(70), 30, Some(5));
             let json = serde_json::to_value(&protocol).unwrap();

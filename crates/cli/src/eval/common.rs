@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use dinoxide_data::{DecodeLimits, Source, Subset, open};
+use dinoxide_data::{DecodeLimits, Rejected, Source, Subset, open};
 use dinoxide_evaluation::{
-    Extracted, Extraction, FeatureSource, Features, Interval, LabeledFeatures, Report, Token, extract,
+    Extracted, Extraction, FeatureSource, Features, Interval, LabeledFeatures, Report, Token, extract, readable,
 };
 use dinoxide_exchange::{Loaded, load};
 use dinoxide_model::Backbone;
@@ -185,7 +185,7 @@ impl Outcome {
 pub(crate) struct Frozen {
     pub(crate) weights: String,
     pub(crate) backbone: Backbone,
-    description: Description,
+    pub(crate) description: Description,
     pub(crate) device: burn::tensor::Device,
     pub(crate) extraction: Extraction,
     pub(crate) log: Log,
@@ -256,11 +256,27 @@ impl Frozen {
         let found = extract(&self.backbone, &*set.source, &indices, &self.extraction, &self.device, &mut progress);
         log.clear();
         let found = Arc::new(found?);
-        for rejected in &found.rejected {
-            log.line(&format!("warning: {}: {}; left out", rejected.id, rejected.reason));
-        }
+        self.warn(&found.rejected);
         self.seen.push((set.name.clone(), Arc::clone(&found)));
         Ok(found)
+    }
+
+    /// The images of a set that can be read. What cannot be is left out with a warning.
+    pub(crate) fn readable(&mut self, set: &Set) -> anyhow::Result<Vec<usize>> {
+        let log = &mut self.log;
+        log.bar(set.source.len() as u64, 0, "{bar:28} {pos}/{len} images read once, {eta} left");
+        let found = readable(&*set.source, &mut |done| log.set(done as u64, String::new()));
+        log.clear();
+        let (indices, rejected) = found?;
+        self.warn(&rejected);
+        Ok(indices)
+    }
+
+    /// Lists images that could not be read.
+    fn warn(&mut self, rejected: &[Rejected]) {
+        for rejected in rejected {
+            self.log.line(&format!("warning: {}: {}; left out", rejected.id, rejected.reason));
+        }
     }
 
     /// How features of the last `blocks` blocks come to be; `train` is empty where nothing is trained.
@@ -349,15 +365,18 @@ impl Pair {
         frozen: &mut Frozen,
         input: impl Fn(&Extracted) -> anyhow::Result<Features>,
     ) -> anyhow::Result<(LabeledFeatures, LabeledFeatures)> {
-        let classes = self.train.source.classes();
         let mut labeled = |set: &Set| -> anyhow::Result<LabeledFeatures> {
             let found = frozen.features(set)?;
-            let number = |class: &String| classes.iter().position(|known| known == class).expect("a class of train");
-            let numbers: Vec<u32> = set.source.classes().iter().map(|class| number(class) as u32).collect();
-            let label = |&index: &usize| numbers[set.source.label(index).expect("a labelled set") as usize];
-            let labels = found.indices.iter().map(label).collect();
-            Ok(LabeledFeatures::new(input(&found)?, labels, classes.len())?)
+            Ok(LabeledFeatures::new(input(&found)?, self.labels(set, &found.indices), self.classes())?)
         };
         Ok((labeled(&self.train)?, labeled(&self.val)?))
+    }
+
+    /// The classes of images of either set.
+    pub(crate) fn labels(&self, set: &Set, indices: &[usize]) -> Vec<u32> {
+        let classes = self.train.source.classes();
+        let number = |class: &String| classes.iter().position(|known| known == class).expect("a class of train");
+        let numbers: Vec<u32> = set.source.classes().iter().map(|class| number(class) as u32).collect();
+        indices.iter().map(|&index| numbers[set.source.label(index).expect("a labelled set") as usize]).collect()
     }
 }
