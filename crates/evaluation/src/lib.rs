@@ -27,6 +27,7 @@ pub mod extract;
 pub mod features;
 pub mod few_shot;
 pub mod finetune;
+mod finetune_network;
 mod grid;
 pub mod kmeans;
 pub mod knn;
