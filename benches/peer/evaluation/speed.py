@@ -4,11 +4,17 @@
     cargo build --release --workspace --lib --bin dinoxide --example evaluation_peer
     python benches/peer/evaluation/speed.py knn
     python benches/peer/evaluation/speed.py probe
+    python benches/peer/evaluation/speed.py forward
+    python benches/peer/evaluation/speed.py runs --weights W --train DIR --val DIR
     python benches/peer/evaluation/speed.py features --images DIR
 
 knn       50,000 train and 10,000 val features of width 384, 200 neighbours: ours against matmul and topk in blocks of 256
           queries. Also the peak memory of our process, and how many neighbours agree.
 probe     13 linear classifiers trained at once against 13 trained one after another, both ours.
+forward   Features of images that are already decoded, of a ViT-S/16 at 224 px (CLS and mean patch; crop and normalisation
+          included on our side only), against PyTorch's forward of a ViT of the same shape on a tensor; two threads each.
+runs      `dinoxide eval linear --grid dinov3` with its 13 learning rates, as one process, against 13 processes with one
+          learning rate each, all of which compute the features they need.
 features  `dinoxide embed` on a folder of photographs, from the start of the process to its end, decoding included, against
           PyTorch's forward alone of the same ViT-S/16 on crops that are already there.
 """
@@ -25,10 +31,11 @@ import numpy as np
 import torch
 
 
-def run(command):
+def run(command, **environment):
     """Runs a command: its standard output, seconds, and peak memory in bytes."""
     start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    environment = {**os.environ, **environment}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     output = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = status
@@ -77,6 +84,79 @@ def probe(args):
     print(json.dumps({**found, "ratio": round(b / a, 2)}, indent=1))
 
 
+class Block(torch.nn.Module):
+    """A block of a vision transformer, normalised before each branch."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = torch.nn.LayerNorm(dim, eps=1e-6), torch.nn.LayerNorm(dim, eps=1e-6)
+        self.qkv, self.proj = torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
+        self.fc1, self.fc2 = torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        batch, tokens, dim = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim)
+        x = x + self.proj(attended)
+        return x + self.fc2(torch.nn.functional.gelu(self.fc1(self.norm2(x))))
+
+
+class Vit(torch.nn.Module):
+    """ViT-S/16 with learned positions, 224 px; CLS and mean patch after the last norm."""
+
+    def __init__(self, dim=384, depth=12, heads=6):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, dim, 16, 16)
+        self.cls = torch.nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.positions = torch.nn.Parameter(0.02 * torch.randn(1, 197, dim))
+        self.blocks = torch.nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.norm = torch.nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, images):
+        patches = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(images), -1, -1), patches], 1) + self.positions
+        x = self.norm(self.blocks(x))
+        return x[:, 0], x[:, 1:].mean(1)
+
+
+def forward(args):
+    count, batch = 32, 16
+    torch.set_num_threads(2)
+    model = Vit().eval()
+    images = torch.randn(count, 3, 224, 224)
+    command = [os.path.join(args.target, "examples/evaluation_peer"), "forward", str(count), str(batch)]
+    ours, theirs = [], []
+    with torch.inference_mode():
+        for _ in range(args.rounds + 1):
+            ours.append(json.loads(run(command, RAYON_NUM_THREADS="2")[0])["seconds"])
+            start = time.perf_counter()
+            for block in images.split(batch):
+                model(block)
+            theirs.append(time.perf_counter() - start)
+    # PyTorch's first round sets memory aside; ours does so outside of what it times.
+    summary(ours[1:], theirs[1:], images=count)
+
+
+def runs(args):
+    common = [
+        os.path.join(args.target, "dinoxide"), "eval", "linear", "--weights", args.weights, "--train", args.train,
+        "--val", args.val, "--grid", "dinov3",
+    ]
+    rates = [m * 10.0**e for e in range(-5, -1) for m in (1, 2, 5)] + [0.1]
+    together, separate = [], []
+    for _ in range(args.rounds):
+        each = [run([*common, "--lr", f"{rate:g}"])[1] for rate in rates[:6]]
+        together.append(run(common)[1])
+        each += [run([*common, "--lr", f"{rate:g}"])[1] for rate in rates[6:]]
+        separate.append(sum(each))
+    a, b = statistics.median(together), statistics.median(separate)
+    print(json.dumps({
+        "together_s": [round(t, 1) for t in together], "separate_s": [round(t, 1) for t in separate],
+        "ratio": round(b / a, 2), "classifiers": len(rates),
+    }, indent=1))
+
+
 def features(args):
     import timm
     from safetensors.torch import save_file
@@ -102,9 +182,12 @@ def features(args):
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("what", choices=["knn", "probe", "features"])
+parser.add_argument("what", choices=["knn", "probe", "forward", "runs", "features"])
 parser.add_argument("--target", default="target/release", help="folder with the built programs")
 parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--images", help="folder of photographs, for `features`")
+parser.add_argument("--weights", help="backbone, for `runs`")
+parser.add_argument("--train", help="folder of classes, for `runs`")
+parser.add_argument("--val", help="folder of the same classes, for `runs`")
 arguments = parser.parse_args()
-{"knn": knn, "probe": probe, "features": features}[arguments.what](arguments)
+{"knn": knn, "probe": probe, "forward": forward, "runs": runs, "features": features}[arguments.what](arguments)

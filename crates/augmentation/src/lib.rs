@@ -15,6 +15,7 @@ mod multi_crop;
 mod normalize;
 mod pixel;
 mod resized_crop;
+mod train_crop;
 
 pub use blur::{Blur, BlurKind};
 pub use color::{ColorOp, brightness, contrast, grayscale, saturation};
@@ -27,6 +28,7 @@ pub use multi_crop::{Crops, MultiCrop, ViewDraws};
 pub use normalize::normalize;
 pub use pixel::{horizontal_flip, solarize};
 pub use resized_crop::{CropBox, Resizer};
+pub use train_crop::TrainTransform;
 
 use rand::{Rng, RngExt};
 

@@ -1,18 +1,27 @@
-//! What `benches/peer/evaluation/speed.py` times beside PyTorch: an exact search for neighbours, and a grid of linear
-//! classifiers trained at once and one after another.
+//! What `benches/peer/evaluation/speed.py` times beside PyTorch: an exact search for neighbours, features of a ViT-S/16, and
+//! a grid of linear classifiers trained at once and one after another.
 //!
 //!     evaluation_peer knn TRAIN_ROWS QUERY_ROWS DIM K TRAIN.f32 QUERIES.f32 NEIGHBORS.u32
 //!     evaluation_peer probe ROWS DIM CLASSES ITERATIONS ROUNDS
+//!     evaluation_peer forward IMAGES BATCH
+//!     evaluation_peer weights FILE
 //!
-//! Prints one JSON object with times in seconds.
+//! Prints one JSON object with times in seconds; `weights` writes the fresh ViT-S/16 that `forward` times.
 
 use std::io::Write;
 use std::time::Instant;
 
 use burn::tensor::Device;
+use dinoxide_augmentation::RgbImage;
+use dinoxide_data::{ReadError, Source};
 use dinoxide_evaluation::{
-    FeatureSet, FeatureSource, Features, LabeledFeatures, LinearConfig, Selection, Token, linear, nearest_neighbors,
+    Extraction, FeatureSet, FeatureSource, Features, LabeledFeatures, LinearConfig, Selection, Token, extract, linear,
+    nearest_neighbors,
 };
+use dinoxide_model::config::Position;
+use dinoxide_model::weights::{Description, Provenance, backbone_file};
+use dinoxide_model::{Arch, Backbone, ModelConfig};
+use dinoxide_random::{Purpose, stream};
 use serde_json::json;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -32,6 +41,12 @@ fn main() -> Outcome<()> {
             json!({ "seconds": seconds })
         }
         Some("probe") if args.len() == 6 => probe(number(1)?, number(2)?, number(3)?, number(4)?, number(5)?)?,
+        Some("forward") if args.len() == 3 => forward(number(1)?, number(2)?)?,
+        Some("weights") if args.len() == 2 => {
+            let (backbone, description) = vit_small()?;
+            backbone_file(&backbone, &description).write(args[1].as_ref())?;
+            json!({})
+        }
         _ => return Err("see the head of this file".into()),
     };
     writeln!(std::io::stdout(), "{found}")?;
@@ -76,4 +91,63 @@ fn probe(rows: usize, dim: usize, classes: usize, iterations: usize, rounds: usi
         separate.push(each.iter().sum::<f64>());
     }
     Ok(json!({ "classifiers": config.learning_rates.len(), "together": together, "separate": separate }))
+}
+
+/// A fresh ViT-S/16 for 224 px with learned positions, as DINO trains it.
+fn vit_small() -> Outcome<(Backbone, Description)> {
+    let config = ModelConfig {
+        arch: Arch::VitSmall,
+        patch_size: 16,
+        position: Position::Learned,
+        layer_scale_init: 0.0,
+        mask_token: false,
+        ..ModelConfig::default()
+    };
+    let architecture = config.resolve(224)?;
+    let backbone = Backbone::new(&architecture, &Device::flex(), &mut stream(0, Purpose::Init, 0, 0));
+    let (mean, std) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
+    let provenance = Provenance::default();
+    Ok((backbone, Description { architecture, image_size: 224, mean, std, provenance, fingerprint: None }))
+}
+
+/// Images that are already decoded.
+struct Decoded(Vec<RgbImage>);
+
+impl Source for Decoded {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn id(&self, index: usize) -> String {
+        index.to_string()
+    }
+
+    fn read(&self, index: usize) -> Result<RgbImage, ReadError> {
+        Ok(self.0[index].clone())
+    }
+
+    fn label(&self, _index: usize) -> Option<u32> {
+        None
+    }
+
+    fn classes(&self) -> &[String] {
+        &[]
+    }
+}
+
+/// Times the features of decoded images of 224 × 224 pixels, after a batch that sets memory aside.
+fn forward(images: usize, batch: usize) -> Outcome<serde_json::Value> {
+    let (backbone, Description { mean, std, .. }) = vit_small()?;
+    let pixels = |i: usize| (0..3 * 224 * 224).map(move |p| ((p * 31 + i * 7) % 251) as u8).collect();
+    let decoded = (0..images).map(|i| RgbImage::from_raw(224, 224, pixels(i)).expect("an image's bytes"));
+    let source = Decoded(decoded.collect());
+    let how = Extraction { resize_px: 224, crop_px: 224, mean, std, last_blocks: 1, batch };
+    let time = |count: usize| -> Outcome<f64> {
+        let indices: Vec<usize> = (0..count).collect();
+        let start = Instant::now();
+        extract(&backbone, &source, &indices, &how, &Device::flex(), &mut |_| ())?;
+        Ok(start.elapsed().as_secs_f64())
+    };
+    time(batch.min(images))?;
+    Ok(json!({ "seconds": time(images)?, "images": images }))
 }

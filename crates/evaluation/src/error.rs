@@ -62,6 +62,14 @@ pub enum EvaluationError {
         /// The images.
         rejected: Vec<Rejected>,
     },
+    /// An image that was read before and no longer can be.
+    #[error("`{image}` could be read before, and now cannot: {reason}")]
+    Unreadable {
+        /// The image.
+        image: String,
+        /// Why.
+        reason: String,
+    },
     /// Images without classes where classes are scored.
     #[error(
         "evaluation: the images have no classes\n\nhint: put each class into a folder of its own, `DIR/<class>/<image>`"

@@ -151,10 +151,8 @@ pub fn for_each_batch<E: From<EvaluationError>>(
             }
         }
         if !images.is_empty() {
-            let side = how.crop_px;
-            let pixels = normalize(images.iter(), (side as u32, side as u32), how.mean, how.std);
-            let pixels = Tensor::from_data(TensorData::new(pixels, [images.len(), 3, side, side]), device);
-            visit(Batch { indices: rows, layers: backbone.forward_layers(pixels, &layers, true) })?;
+            let layers = backbone.forward_layers(pixels(&images, how, device), &layers, true);
+            visit(Batch { indices: rows, layers })?;
         }
         done += chunk.len();
         progress(done);
@@ -162,9 +160,16 @@ pub fn for_each_batch<E: From<EvaluationError>>(
     Ok(rejected)
 }
 
+/// Crops as the backbone sees them, `[B, 3, crop, crop]`.
+pub(crate) fn pixels(crops: &[RgbImage], how: &Extraction, device: &Device) -> Tensor<4> {
+    let side = how.crop_px;
+    let values = normalize(crops.iter(), (side as u32, side as u32), how.mean, how.std);
+    Tensor::from_data(TensorData::new(values, [crops.len(), 3, side, side]), device)
+}
+
 impl Extraction {
     /// Checks that a backbone can take what is asked for, before any image is read: the transform, and the layers.
-    fn check(&self, architecture: &Architecture) -> Result<(EvalTransform, Vec<usize>), EvaluationError> {
+    pub(crate) fn check(&self, architecture: &Architecture) -> Result<(EvalTransform, Vec<usize>), EvaluationError> {
         let depth = architecture.layers();
         let extraction = |message: String| EvaluationError::Extraction { message };
         let transform = EvalTransform::new(self.resize_px, self.crop_px).map_err(|e| extraction(e.to_string()))?;

@@ -52,10 +52,14 @@ impl LabeledFeatures {
 
     /// How many samples each class has.
     pub fn class_counts(&self) -> Vec<usize> {
-        let mut counts = vec![0; self.num_classes];
-        self.labels.iter().for_each(|&label| counts[label as usize] += 1);
-        counts
+        counts(&self.labels, self.num_classes)
     }
+}
+
+fn counts(labels: &[u32], num_classes: usize) -> Vec<usize> {
+    let mut counts = vec![0; num_classes];
+    labels.iter().for_each(|&label| counts[label as usize] += 1);
+    counts
 }
 
 /// Checks that a classifier made from `train` can be scored on `val`.
@@ -69,11 +73,19 @@ pub(crate) fn check_pair(train: &LabeledFeatures, val: &LabeledFeatures) -> Resu
     if train.num_classes() != val.num_classes() {
         return Err(EvaluationError::ClassCountMismatch { train: train.num_classes(), val: val.num_classes() });
     }
-    let train_counts = train.class_counts();
+    check_classes(train.labels(), val.labels(), train.num_classes())
+}
+
+/// Checks that a classifier of train samples can be scored on val samples, by their classes.
+///
+/// # Errors
+/// If train has a single class, or val has a class that train lacks.
+pub(crate) fn check_classes(train: &[u32], val: &[u32], num_classes: usize) -> Result<(), EvaluationError> {
+    let train_counts = counts(train, num_classes);
     if train_counts.iter().filter(|&&count| count > 0).count() == 1 {
-        return Err(EvaluationError::SingleClass { class: train.labels()[0], samples: train.rows() });
+        return Err(EvaluationError::SingleClass { class: train[0], samples: train.len() });
     }
-    let unseen = train_counts.iter().zip(val.class_counts()).enumerate();
+    let unseen = train_counts.iter().zip(counts(val, num_classes)).enumerate();
     let classes: Vec<u32> = unseen
         .filter(|(_, (in_train, in_val))| **in_train == 0 && *in_val > 0)
         .map(|(class, _)| class as u32)

@@ -1,21 +1,23 @@
 //! Linear probe: linear classifiers trained by SGD on frozen features, over a grid of learning rates and feature choices
 //! (protocol of DINOv2 and DINOv3).
 //!
-//! The reference systems draw a new random crop of every image at every epoch; here the features are computed once and
-//! cached, without augmentation, which makes the probe some hundred times cheaper and its scores slightly different. The
-//! protocol of the result says so in its `augmentation`.
+//! The reference systems draw a new random crop of every image at every epoch, which is
+//! [`linear_augmented`](mod@crate::linear_augmented); here the features are computed once and cached, without augmentation,
+//! which makes the probe some hundred times cheaper and its scores slightly different. The protocol of the result says which
+//! it was in its `augmentation`.
 
 use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     accuracy::Accuracy,
-    bootstrap::{Interval, of_hits},
+    bootstrap::Interval,
     error::EvaluationError,
+    grid::{Ground, search},
     labels::{LabeledFeatures, check_pair},
-    linear_probe::{Probes, Samples, Schedule},
-    protocol::{FeatureSource, Method, Protocol, Report},
-    selection::{Selection, SelectionReport, stratified_split},
+    linear_probe::{Outcome, Probes, Samples, Schedule},
+    protocol::{FeatureSource, Report},
+    selection::{Selection, SelectionReport},
 };
 
 /// Batch size for which learning rates are stated.
@@ -63,9 +65,7 @@ pub struct FeatureSet {
 
 /// How far [`linear()`] is.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LinearProgress<'a> {
-    /// The feature set in training.
-    pub feature_set: &'a str,
+pub struct LinearProgress {
     /// Whether the chosen classifier is trained, on all of train, after the candidates.
     pub is_final: bool,
     /// Iterations done, of all trainings together.
@@ -120,70 +120,69 @@ pub fn linear(
     feature_sets: &[FeatureSet],
     config: &LinearConfig,
     device: &Device,
-    progress: &mut dyn FnMut(LinearProgress<'_>),
+    progress: &mut dyn FnMut(LinearProgress),
 ) -> Result<Report<LinearScores>, EvaluationError> {
     config.validate()?;
-    let first = check_feature_sets(feature_sets)?;
-    let all: Vec<u32> = (0..first.train.rows() as u32).collect();
-    let val_rows: Vec<u32> = (0..first.val.rows() as u32).collect();
-    let split = match config.selection {
-        Selection::HeldOut { fraction } => Some(stratified_split(&first.train, fraction, config.seed, "linear")?),
-        Selection::Val => None,
-    };
-    let (fit_rows, selection_rows) = split.as_ref().map_or((&all, &val_rows), |split| (&split.fit, &split.held_out));
-    let total = config.iterations * (feature_sets.len() + usize::from(split.is_some()));
-    let mut finished = 0;
+    check_feature_sets(feature_sets)?;
+    search(&Cached { sets: feature_sets, config, device }, config, progress)
+}
 
-    let rates: Vec<f64> = config.learning_rates.iter().map(|&rate| config.scaled(rate)).collect();
-    let mut candidates = Vec::new();
-    let mut hits = Vec::new();
-    for (number, set) in (0..).zip(feature_sets) {
-        let samples = Samples { of: &set.train, rows: fit_rows };
-        let probes = Probes::train(samples, &config.schedule(&rates, number), device, |iteration| {
-            progress(LinearProgress { feature_set: &set.name, is_final: false, done: finished + iteration, total });
-        });
-        finished += config.iterations;
-        let scored = if split.is_some() { &set.train } else { &set.val };
-        let outcomes = probes.score(Samples { of: scored, rows: selection_rows }, device)?;
-        candidates.extend(config.learning_rates.iter().zip(outcomes).map(|(&learning_rate, outcome)| {
-            hits.push(outcome.hits);
-            LinearCandidate {
-                feature_set: set.name.clone(),
-                learning_rate,
-                accuracy: outcome.accuracy,
-                loss: outcome.loss,
-            }
-        }));
+/// Features that are known, of at least one set.
+struct Cached<'a> {
+    sets: &'a [FeatureSet],
+    config: &'a LinearConfig,
+    device: &'a Device,
+}
+
+impl Ground for Cached<'_> {
+    fn sets(&self) -> Vec<(&str, FeatureSource)> {
+        self.sets.iter().map(|set| (set.name.as_str(), set.source.clone())).collect()
     }
 
-    let smallest = config.learning_rates.iter().copied().fold(f64::INFINITY, f64::min);
-    let diverged = EvaluationError::Diverged { classifiers: candidates.len(), smallest };
-    let best = best_candidate(&candidates).ok_or(diverged)?;
-    let chosen = candidates[best].clone();
-    let (mut accuracy, mut loss, mut hits) = (chosen.accuracy, chosen.loss, hits.swap_remove(best));
-    if split.is_some() {
-        let number = best / config.learning_rates.len();
-        let set = &feature_sets[number];
-        let rates = [config.scaled(chosen.learning_rate)];
-        let samples = Samples { of: &set.train, rows: &all };
-        let probes = Probes::train(samples, &config.schedule(&rates, number as u64), device, |iteration| {
-            progress(LinearProgress { feature_set: &set.name, is_final: true, done: finished + iteration, total });
-        });
-        let outcome = probes.score(Samples { of: &set.val, rows: &val_rows }, device)?.remove(0);
-        (accuracy, loss, hits) = (outcome.accuracy, outcome.loss, outcome.hits);
+    fn train_labels(&self) -> &[u32] {
+        self.sets[0].train.labels()
     }
 
-    let sources = feature_sets.iter().map(|set| set.source.clone()).collect();
-    let (train_samples, val_samples) = (Some(first.train.rows()), first.val.rows());
-    let method = Method::Linear(config.clone());
-    let protocol = Protocol::new(method, sources, train_samples, val_samples, Some(first.train.num_classes()));
-    let selection = SelectionReport::new(config.selection, selection_rows.len());
-    let LinearCandidate { feature_set, learning_rate, .. } = chosen;
-    let interval = of_hits(hits.into_iter());
-    Ok(Report {
-        protocol,
-        scores: LinearScores { accuracy, interval, loss, feature_set, learning_rate, selection, candidates },
-    })
+    fn num_classes(&self) -> usize {
+        self.sets[0].train.num_classes()
+    }
+
+    fn val_samples(&self) -> usize {
+        self.sets[0].val.rows()
+    }
+
+    /// One after another: they have nothing to share, and need less memory.
+    fn groups(&self) -> Vec<Vec<usize>> {
+        (0..self.sets.len()).map(|set| vec![set]).collect()
+    }
+
+    fn train(
+        &self,
+        sets: &[usize],
+        rows: &[u32],
+        rates: &[f64],
+        tick: &mut dyn FnMut(),
+    ) -> Result<Vec<Probes>, EvaluationError> {
+        let train = |&set: &usize| {
+            let samples = Samples { of: &self.sets[set].train, rows };
+            Probes::train(samples, &self.config.schedule(rates, set as u64), self.device, |_| tick())
+        };
+        Ok(sets.iter().map(train).collect())
+    }
+
+    fn score(
+        &self,
+        sets: &[usize],
+        probes: &[Probes],
+        rows: Option<&[u32]>,
+    ) -> Result<Vec<Vec<Outcome>>, EvaluationError> {
+        let val_rows: Vec<u32> = (0..self.val_samples() as u32).collect();
+        let score = |(&set, probes): (&usize, &Probes)| match rows {
+            Some(rows) => probes.score(Samples { of: &self.sets[set].train, rows }, self.device),
+            None => probes.score(Samples { of: &self.sets[set].val, rows: &val_rows }, self.device),
+        };
+        sets.iter().zip(probes).map(score).collect()
+    }
 }
 
 impl LinearConfig {
@@ -211,19 +210,19 @@ impl LinearConfig {
         Ok(())
     }
 
-    /// The rate in use for one that is stated for batches of 256 samples.
-    fn scaled(&self, rate: f64) -> f64 {
-        rate * self.batch_size as f64 / REFERENCE_BATCH
-    }
-
-    fn schedule<'a>(&self, rates: &'a [f64], feature_set: u64) -> Schedule<'a> {
+    pub(crate) fn schedule<'a>(&self, rates: &'a [f64], feature_set: u64) -> Schedule<'a> {
         let Self { iterations, batch_size, momentum, seed, .. } = *self;
         Schedule { rates, iterations, batch_size, momentum, seed, feature_set }
     }
 }
 
-/// Checks that all sets describe the same samples, and returns the first.
-fn check_feature_sets(sets: &[FeatureSet]) -> Result<&FeatureSet, EvaluationError> {
+/// The rate in use for one that is stated for batches of 256 samples.
+pub(crate) fn scaled(rate: f64, batch_size: usize) -> f64 {
+    rate * batch_size as f64 / REFERENCE_BATCH
+}
+
+/// Checks that there is a set, and that all describe the same samples.
+fn check_feature_sets(sets: &[FeatureSet]) -> Result<(), EvaluationError> {
     let Some(first) = sets.first() else {
         let value = "empty".to_owned();
         return Err(EvaluationError::Setting { task: "linear", key: "feature_sets", value, expected: "at least one" });
@@ -242,17 +241,7 @@ fn check_feature_sets(sets: &[FeatureSet]) -> Result<&FeatureSet, EvaluationErro
         }
         check_pair(&set.train, &set.val)?;
     }
-    Ok(first)
-}
-
-/// Index of the best candidate that did not diverge.
-fn best_candidate(candidates: &[LinearCandidate]) -> Option<usize> {
-    let finite =
-        candidates.iter().enumerate().filter_map(|(i, candidate)| Some((i, candidate.accuracy.top1, candidate.loss?)));
-    let better = |best: (usize, f64, f64), next: (usize, f64, f64)| {
-        if next.1 > best.1 || (next.1 == best.1 && next.2 < best.2) { next } else { best }
-    };
-    finite.reduce(better).map(|(i, ..)| i)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -327,20 +316,6 @@ mod tests {
         assert_eq!((scores.learning_rate, scores.candidates[0].loss), (1e-36, None));
         let error = run(&sets, &LinearConfig { learning_rates: vec![1e6], ..config() }).unwrap_err();
         assert_eq!(error, EvaluationError::Diverged { classifiers: 1, smallest: 1e6 });
-    }
-
-    #[test]
-    fn equal_accuracy_goes_to_the_lower_loss_then_to_the_earlier_candidate() {
-        let candidate = |top1, loss| LinearCandidate {
-            feature_set: String::new(),
-            learning_rate: 1.0,
-            accuracy: Accuracy { top1, top5: None },
-            loss,
-        };
-        let table =
-            [candidate(90.0, None), candidate(70.0, Some(0.5)), candidate(70.0, Some(0.4)), candidate(70.0, Some(0.4))];
-        assert_eq!(best_candidate(&table), Some(2));
-        assert_eq!(best_candidate(&table[..1]), None);
     }
 
     #[test]

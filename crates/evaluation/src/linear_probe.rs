@@ -1,5 +1,6 @@
 //! The training of many linear classifiers on the same features at once: one weight matrix whose columns are those of all
-//! classifiers side by side, so that a step is two matrix products whatever their number.
+//! classifiers side by side, so that a step is two matrix products whatever their number. [`Probes::train`] takes features
+//! that are known, [`Training`] whatever the caller has for each iteration.
 //!
 //! The classifiers share no parameter. They start from the same weights and see the same batches, so what becomes of one
 //! does not depend on which others are trained beside it.
@@ -39,19 +40,19 @@ impl Samples<'_> {
         });
         Tensor::from_data(TensorData::new(values, [chosen.len(), width]), (device, DType::F32))
     }
+}
 
-    /// The chosen rows' classes, one-hot: `[n, 1, C]`.
-    fn targets(self, chosen: &[u32], device: &Device) -> Tensor<3> {
-        let num_classes = self.of.num_classes();
-        let mut values = vec![0.0f32; chosen.len() * num_classes];
-        for (out, &row) in values.chunks_mut(num_classes).zip(chosen) {
-            out[self.of.labels()[row as usize] as usize] = 1.0;
-        }
-        Tensor::from_data(TensorData::new(values, [chosen.len(), 1, num_classes]), (device, DType::F32))
+/// The classes of the rows `chosen`, one-hot: `[n, C]`.
+pub(crate) fn one_hot(labels: &[u32], chosen: &[u32], num_classes: usize, device: &Device) -> Tensor<2> {
+    let mut values = vec![0.0f32; chosen.len() * num_classes];
+    for (out, &row) in values.chunks_mut(num_classes).zip(chosen) {
+        out[labels[row as usize] as usize] = 1.0;
     }
+    Tensor::from_data(TensorData::new(values, [chosen.len(), num_classes]), (device, DType::F32))
 }
 
 /// How the classifiers are trained.
+#[derive(Clone, Copy)]
 pub(crate) struct Schedule<'a> {
     /// Learning rate of each classifier at the first iteration, for the batch size in use.
     pub(crate) rates: &'a [f64],
@@ -81,9 +82,57 @@ pub(crate) struct Outcome {
     pub(crate) hits: Vec<bool>,
 }
 
+/// Classifiers in training, by SGD with momentum: `v ← m·v + ∇`, `w ← w − η_t·v`, `η_t = η·½(1 + cos(πt/T))`, on the mean
+/// cross-entropy of each classifier, whose gradient is `xᵀ(softmax(xw) − onehot)/B`.
+pub(crate) struct Training<'a> {
+    schedule: Schedule<'a>,
+    probes: Probes,
+    /// It carries its classifier's learning rate: a rate multiplies columns, and the residuals have fewer rows.
+    velocity: Tensor<2>,
+    /// `[1, G·C]`, divided by the batch size.
+    rates: Tensor<2>,
+}
+
+impl<'a> Training<'a> {
+    /// Classifiers of features of `dim` values, one for each learning rate.
+    pub(crate) fn new(dim: usize, num_classes: usize, schedule: Schedule<'a>, device: &Device) -> Self {
+        let classifiers = schedule.rates.len();
+        let columns = classifiers * num_classes;
+        let batch_size = schedule.batch_size as f64;
+        let rates = schedule.rates.iter().flat_map(|&rate| vec![(rate / batch_size) as f32; num_classes]);
+        let rates = TensorData::new(rates.collect::<Vec<_>>(), [1, columns]);
+        let weight = initial_weight(dim, num_classes, &schedule, device);
+        Self {
+            schedule,
+            probes: Probes { weight, classifiers, num_classes },
+            velocity: Tensor::zeros([dim + 1, columns], (device, DType::F32)),
+            rates: Tensor::from_data(rates, (device, DType::F32)),
+        }
+    }
+
+    /// An iteration.
+    ///
+    /// # Shapes
+    /// `inputs [B, D + 1]`, the last column 1; `targets [B, C]`, one-hot.
+    pub(crate) fn step(&mut self, iteration: usize, inputs: Tensor<2>, targets: Tensor<2>) {
+        let Probes { weight, classifiers, num_classes } = &mut self.probes;
+        let batch_size = inputs.dims()[0];
+        let logits = inputs.clone().matmul(weight.clone()).reshape([batch_size, *classifiers, *num_classes]);
+        let residuals = softmax(logits, 2) - targets.unsqueeze_dim(1);
+        let residuals = residuals.reshape([batch_size, *classifiers * *num_classes]) * self.rates.clone();
+        self.velocity = self.velocity.clone().mul_scalar(self.schedule.momentum) + inputs.transpose().matmul(residuals);
+        let rate = cosine(iteration, self.schedule.iterations);
+        *weight = weight.clone() - self.velocity.clone().mul_scalar(rate);
+    }
+
+    /// The classifiers as they are now.
+    pub(crate) fn into_probes(self) -> Probes {
+        self.probes
+    }
+}
+
 impl Probes {
-    /// Trains by SGD with momentum: `v ← m·v + ∇`, `w ← w − η_t·v`, `η_t = η·½(1 + cos(πt/T))`, on the mean
-    /// cross-entropy of each classifier, whose gradient is `xᵀ(softmax(xw) − onehot)/B`.
+    /// Trains on samples whose features are known.
     ///
     /// Batches are consecutive pieces of an endless sequence of epochs, each in a new order, and are always full.
     pub(crate) fn train(
@@ -92,27 +141,16 @@ impl Probes {
         device: &Device,
         mut progress: impl FnMut(usize),
     ) -> Self {
-        let (dim, num_classes, classifiers) = (samples.of.dim(), samples.of.num_classes(), schedule.rates.len());
-        let columns = classifiers * num_classes;
-        let batch_size = schedule.batch_size;
-        let mut weight = initial_weight(dim, num_classes, classifiers, schedule, device);
-        // The velocity carries its classifier's learning rate: a rate multiplies columns, and the residuals have fewer rows.
-        let mut velocity = Tensor::<2>::zeros([dim + 1, columns], (device, DType::F32));
-        let rates = schedule.rates.iter().flat_map(|&rate| vec![(rate / batch_size as f64) as f32; num_classes]);
-        let rates =
-            Tensor::<2>::from_data(TensorData::new(rates.collect::<Vec<_>>(), [1, columns]), (device, DType::F32));
+        let num_classes = samples.of.num_classes();
+        let mut training = Training::new(samples.of.dim(), num_classes, *schedule, device);
         let mut order = Order::new(samples.rows, schedule.seed);
         for iteration in 0..schedule.iterations {
-            let batch = order.take(batch_size);
-            let inputs = samples.inputs(&batch, device);
-            let logits = inputs.clone().matmul(weight.clone()).reshape([batch_size, classifiers, num_classes]);
-            let residuals = softmax(logits, 2) - samples.targets(&batch, device);
-            let residuals = residuals.reshape([batch_size, columns]) * rates.clone();
-            velocity = velocity.mul_scalar(schedule.momentum) + inputs.transpose().matmul(residuals);
-            weight = weight - velocity.clone().mul_scalar(cosine(iteration, schedule.iterations));
+            let batch = order.take(schedule.batch_size);
+            let targets = one_hot(samples.of.labels(), &batch, num_classes, device);
+            training.step(iteration, samples.inputs(&batch, device), targets);
             progress(iteration + 1);
         }
-        Self { weight, classifiers, num_classes }
+        training.into_probes()
     }
 
     /// Scores every classifier on the samples.
@@ -148,13 +186,8 @@ impl Probes {
 }
 
 /// The same `N(0, 0.01)` weights and zero biases for each classifier.
-fn initial_weight(
-    dim: usize,
-    num_classes: usize,
-    classifiers: usize,
-    schedule: &Schedule<'_>,
-    device: &Device,
-) -> Tensor<2> {
+fn initial_weight(dim: usize, num_classes: usize, schedule: &Schedule<'_>, device: &Device) -> Tensor<2> {
+    let classifiers = schedule.rates.len();
     let mut rng = stream(schedule.seed, Purpose::Evaluation, draws::LINEAR_INIT, schedule.feature_set);
     let one = standard_normal(dim * num_classes, &mut rng);
     let mut values = Vec::with_capacity((dim + 1) * classifiers * num_classes);
@@ -171,14 +204,14 @@ fn cosine(iteration: usize, iterations: usize) -> f64 {
 }
 
 /// `ln Σ_c exp(z_c) − z_label`.
-fn cross_entropy(logits: &[f32], label: usize) -> f64 {
+pub(crate) fn cross_entropy(logits: &[f32], label: usize) -> f64 {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
     sum.ln() + f64::from(largest) - f64::from(logits[label])
 }
 
 /// An endless sequence of epochs over some rows, each in its own order.
-struct Order<'a> {
+pub(crate) struct Order<'a> {
     rows: &'a [u32],
     seed: u64,
     epoch: u64,
@@ -186,11 +219,12 @@ struct Order<'a> {
 }
 
 impl<'a> Order<'a> {
-    fn new(rows: &'a [u32], seed: u64) -> Self {
+    pub(crate) fn new(rows: &'a [u32], seed: u64) -> Self {
         Self { rows, seed, epoch: 0, remaining: Vec::new() }
     }
 
-    fn take(&mut self, count: usize) -> Vec<u32> {
+    /// The next `count` rows.
+    pub(crate) fn take(&mut self, count: usize) -> Vec<u32> {
         let mut taken = Vec::with_capacity(count);
         while taken.len() < count {
             if self.remaining.is_empty() {

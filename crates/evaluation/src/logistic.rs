@@ -91,7 +91,7 @@ pub fn logistic(
     let all: Vec<u32> = (0..train.rows() as u32).collect();
     let val_rows: Vec<u32> = (0..val.rows() as u32).collect();
     let split = match config.selection {
-        Selection::HeldOut { fraction } => Some(stratified_split(train, fraction, config.seed, "logistic")?),
+        Selection::HeldOut { fraction } => Some(stratified_split(train.labels(), fraction, config.seed, "logistic")?),
         Selection::Val => None,
     };
     let (fit_rows, scored, scored_rows) = match &split {

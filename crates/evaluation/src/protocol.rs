@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     copies::CopiesConfig,
     dense::{keypoints::PointConfig, propagation::PropagationConfig, transfer::PairConfig},
+    finetune::FinetuneConfig,
     kmeans::KMeansConfig,
     knn::KnnConfig,
     linear::LinearConfig,
@@ -62,6 +63,8 @@ pub enum Method {
     Knn(KnnConfig),
     /// Linear classifiers trained by SGD.
     Linear(LinearConfig),
+    /// The whole backbone trained with a linear classifier.
+    Finetune(FinetuneConfig),
     /// Multinomial logistic regression.
     Logistic(LogisticConfig),
     /// Rankings of a gallery by similarity.
@@ -202,6 +205,7 @@ mod tests {
         let methods = [
             (Method::Knn(KnnConfig::default()), "knn"),
             (Method::Linear(LinearConfig::default()), "linear"),
+            (Method::Finetune(FinetuneConfig::default()), "finetune"),
             (Method::Logistic(LogisticConfig::default()), "logistic"),
             (Method::Retrieval(RetrievalConfig::default()), "retrieval"),
             (Method::Revisited, "revisited"),
@@ -237,7 +241,7 @@ mod tests {
                 "foreground",
             ),
         ];
-        assert_eq!(methods.len(), 14);
+        assert_eq!(methods.len(), 15);
         for (method, task) in methods {
             let protocol = Protocol::new(method, vec![test_source()], Some(70), 30, Some(5));
             let json = serde_json::to_value(&protocol).unwrap();

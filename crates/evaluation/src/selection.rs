@@ -6,7 +6,7 @@ use dinoxide_random::{Purpose, stream};
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
-use crate::{error::EvaluationError, labels::LabeledFeatures};
+use crate::error::EvaluationError;
 
 /// First counter of the [`Purpose::Evaluation`] streams drawn in this crate.
 pub(crate) mod draws {
@@ -14,7 +14,7 @@ pub(crate) mod draws {
     pub(crate) const HELD_OUT: u64 = 1;
     /// Initial weights of linear classifiers. Second counter: the feature set.
     pub(crate) const LINEAR_INIT: u64 = 2;
-    /// The order of the samples in an epoch of linear-classifier training. Second counter: the epoch.
+    /// The order of the samples in an epoch of classifier training. Second counter: the epoch.
     pub(crate) const LINEAR_ORDER: u64 = 3;
     /// The samples of a class in a draw of few. Second counter: the draw, times 2³², and the class.
     pub(crate) const FEW_SHOT: u64 = 4;
@@ -24,6 +24,10 @@ pub(crate) mod draws {
     pub(crate) const KMEANS: u64 = 6;
     /// Edits that make a copy. Second counter: the image, times the number of edits, and the edit.
     pub(crate) const COPIES: u64 = 7;
+    /// The random crop of a train image. Second counter: its place in the sequence of samples.
+    pub(crate) const RANDOM_CROP: u64 = 8;
+    /// Stochastic depth in fine-tuning. Second counter: the place of the forward's first image.
+    pub(crate) const DROP_PATH: u64 = 9;
     /// Initial weights of a dense head.
     pub(crate) const HEAD_INIT: u64 = 101;
     /// The order of the images in an epoch of a dense head's training. Second counter: the epoch.
@@ -94,7 +98,7 @@ pub(crate) struct Split {
 ///
 /// Which samples these are depends on the seed, the class and the order of its samples alone.
 pub(crate) fn stratified_split(
-    train: &LabeledFeatures,
+    labels: &[u32],
     fraction: f64,
     seed: u64,
     task: &'static str,
@@ -109,7 +113,7 @@ pub(crate) fn stratified_split(
         });
     }
     let mut by_class: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-    for (row, &label) in (0..).zip(train.labels()) {
+    for (row, &label) in (0..).zip(labels) {
         by_class.entry(label).or_default().push(row);
     }
     let classes = by_class.len();
@@ -132,15 +136,13 @@ pub(crate) fn stratified_split(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::features::Features;
 
-    fn train(counts: &[usize]) -> LabeledFeatures {
+    fn train(counts: &[usize]) -> Vec<u32> {
         let mut labels: Vec<u32> = Vec::new();
         for round in 0..*counts.iter().max().unwrap() {
             labels.extend((0..).zip(counts).filter(|(_, count)| round < **count).map(|(class, _)| class));
         }
-        let features = Features::new(labels.len(), 1, vec![0.0; labels.len()]).unwrap();
-        LabeledFeatures::new(features, labels, counts.len()).unwrap()
+        labels
     }
 
     #[test]
@@ -148,7 +150,7 @@ mod tests {
         let train = train(&[30, 1, 2, 17, 4]);
         let split = stratified_split(&train, 0.1, 5, "linear").unwrap();
         let mut held = [0; 5];
-        split.held_out.iter().for_each(|&row| held[train.labels()[row as usize] as usize] += 1);
+        split.held_out.iter().for_each(|&row| held[train[row as usize] as usize] += 1);
         assert_eq!(held, [3, 0, 1, 2, 1]);
         let mut all = [split.fit.clone(), split.held_out.clone()].concat();
         all.sort_unstable();

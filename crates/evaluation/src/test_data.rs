@@ -1,9 +1,25 @@
 //! Small seeded data sets for the tests of this crate.
 
+use burn::tensor::Device;
+use dinoxide_model::{Arch, Backbone, ModelConfig};
 use dinoxide_random::{Purpose, stream};
 use rand::Rng;
 
 use crate::{features::Features, labels::LabeledFeatures, linear_probe::standard_normal};
+
+/// A ViT of patch 4, 12 wide, 2 deep.
+pub(crate) fn backbone() -> Backbone {
+    let config = ModelConfig {
+        arch: Arch::VitTiny,
+        patch_size: 4,
+        embed_dim: Some(12),
+        depth: Some(2),
+        num_heads: Some(3),
+        ..ModelConfig::default()
+    };
+    let architecture = config.resolve(12).expect("a model");
+    Backbone::new(&architecture, &Device::flex(), &mut stream(1, Purpose::Init, 0, 0))
+}
 
 /// Standard normal values.
 pub(crate) fn gaussian(rows: usize, dim: usize, seed: u64) -> Features {

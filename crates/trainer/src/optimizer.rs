@@ -1,6 +1,4 @@
 //! AdamW with the references' parameter groups, scheduled weight decay and clipping (Loshchilov & Hutter 2019).
-//!
-//! burn's AdamW fixes weight decay at construction and keys its state by random identifiers; a run needs both by name.
 
 use std::collections::BTreeMap;
 
@@ -8,13 +6,12 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use dinoxide_kernels as kernels;
 use dinoxide_model::{Architecture, parameters};
+use dinoxide_optimizer::Update;
+pub use dinoxide_optimizer::{Gradients, Group, Moments};
 use serde::{Deserialize, Serialize};
 
 use crate::network::{Network, SUBMODULES};
 use crate::schedule::Scheduled;
-
-/// Gradients, flattened and plain, by parameter name.
-pub type Gradients = BTreeMap<String, Tensor<1>>;
 
 /// What a gradient's norm is taken over when it is clipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,55 +70,14 @@ impl Default for OptimConfig {
     }
 }
 
-/// How a parameter is treated.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Group {
-    /// Factor of the learning rate.
-    pub lr_multiplier: f64,
-    /// Factor of the weight decay: 0 or 1.
-    pub weight_decay_multiplier: f64,
-    /// Whether it belongs to the prototypes.
-    pub is_last_layer: bool,
-}
-
-/// The group of a parameter of a submodule with `depth` blocks (0 for a head), by its name within it.
-///
-/// The learning rate falls by `layerwise_decay` per layer from the output to the input. Biases, norms and layer scales
-/// are not decayed; tokens and position tables are, as in the references.
+/// The group of a parameter of a submodule with `depth` blocks (0 for a head), by its name within it:
+/// [`dinoxide_optimizer::group`], and the patch embedding's own factor.
 pub fn group(name: &str, depth: usize, config: &OptimConfig) -> Group {
-    let at_input = ["pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens"];
-    let layer = if depth == 0 {
-        1
-    } else if at_input.iter().any(|part| name.contains(part)) {
-        0
-    } else if let Some(block) =
-        name.strip_prefix("blocks.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok())
-    {
-        block + 1
-    } else {
-        depth + 1
-    };
-    let mut lr_multiplier = config.layerwise_decay.powf((depth + 1 - layer) as f64);
+    let mut group = dinoxide_optimizer::group(name, depth, config.layerwise_decay);
     if name.contains("patch_embed") {
-        lr_multiplier *= config.patch_embed_lr_mult;
+        group.lr_multiplier *= config.patch_embed_lr_mult;
     }
-    let undecayed = name.ends_with("bias") || name.contains("norm") || name.contains("gamma");
-    Group {
-        lr_multiplier,
-        weight_decay_multiplier: if undecayed { 0.0 } else { 1.0 },
-        is_last_layer: name.contains("last_layer"),
-    }
-}
-
-/// The optimizer's memory of one parameter.
-#[derive(Clone, Debug)]
-pub struct Moments {
-    /// Running mean of the gradient.
-    pub m: Tensor<1>,
-    /// Running mean of its square.
-    pub v: Tensor<1>,
-    /// Updates so far.
-    pub steps: u64,
+    group
 }
 
 /// AdamW.
@@ -151,8 +107,7 @@ impl AdamW {
         for (name, shape) in parameters::shapes(network) {
             let (submodule, inner) = split(&name);
             groups.insert(name.clone(), group(inner, if submodule == "backbone" { depth } else { 0 }, config));
-            let zeros = Tensor::zeros([shape.iter().product::<usize>()], device);
-            moments.insert(name, Moments { m: zeros.clone(), v: zeros, steps: 0 });
+            moments.insert(name, Moments::zeros(shape.iter().product(), device));
         }
         Self { config: config.clone(), groups, moments }
     }
@@ -213,24 +168,15 @@ impl AdamW {
             };
             let still = frozen || (at.backbone_frozen && split(name).0 == "backbone");
             let lr = if still { 0.0 } else { at.lr * group.lr_multiplier };
-            state.steps += 1;
-            // The moments are handed over, so that the update can take place in their memory.
-            let zeros = Tensor::zeros([1], &weight.device());
-            let m = std::mem::replace(&mut state.m, zeros.clone());
-            let v = std::mem::replace(&mut state.v, zeros);
-            let step = kernels::AdamW {
-                gradient_factor: factor,
+            let by = Update {
                 beta1: config.beta1,
                 beta2: config.beta2,
                 eps: config.eps,
+                gradient_factor: factor,
                 lr,
-                decay: 1.0 - lr * at.weight_decay * group.weight_decay_multiplier,
-                correction1: 1.0 - config.beta1.powi(state.steps as i32),
-                correction2: 1.0 - config.beta2.powi(state.steps as i32),
+                weight_decay: at.weight_decay * group.weight_decay_multiplier,
             };
-            let [weight, m, v] = kernels::adamw(weight, gradient, m, v, step);
-            (state.m, state.v) = (m, v);
-            weight
+            state.update(weight, gradient, by)
         })
     }
 }
@@ -249,26 +195,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn layerwise_decay_by_hand() {
+    fn the_patch_embedding_has_a_factor_of_its_own() {
         let config = OptimConfig::default();
-        let cases = [
-            ("patch_embed.proj.weight", 24, 0.01435796, 1.0),
-            ("cls_token", 24, 0.07178980, 1.0),
-            ("register_tokens", 24, 0.07178980, 1.0),
-            ("blocks.0.attn.qkv.weight", 24, 0.07976644, 1.0),
-            ("blocks.23.attn.qkv.bias", 24, 0.9, 0.0),
-            ("blocks.3.ls1.gamma", 24, 0.9f64.powi(21), 0.0),
-            ("norm.weight", 24, 1.0, 0.0),
-            ("local_cls_norm.weight", 24, 1.0, 0.0),
-            ("mlp.0.weight", 0, 1.0, 1.0),
-            ("mlp.0.bias", 0, 1.0, 0.0),
-        ];
-        for (name, depth, lr, decay) in cases {
-            let found = group(name, depth, &config);
-            assert!((found.lr_multiplier - lr).abs() < 1e-7, "{name}: {}", found.lr_multiplier);
-            assert_eq!(found.weight_decay_multiplier, decay, "{name}");
-            assert!(!found.is_last_layer);
+        for (name, lr) in [("patch_embed.proj.weight", 0.01435796), ("cls_token", 0.07178980), ("norm.weight", 1.0)] {
+            let found = group(name, 24, &config).lr_multiplier;
+            assert!((found - lr).abs() < 1e-7, "{name}: {found}");
         }
-        assert!(group("last_layer.weight_v", 0, &config).is_last_layer);
     }
 }

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use dinoxide_kernels as kernels;
 use dinoxide_losses::center::Center;
-use dinoxide_model::{Architecture, Backbone, CropGroup, HeadConfig, StochasticDraws, parameters, weights::host};
+use dinoxide_model::{Architecture, Backbone, CropGroup, HeadConfig, StochasticDraws, weights::host};
+use dinoxide_optimizer::accumulate;
 use rand::Rng;
 
 use crate::batch::Batch;
@@ -181,7 +181,9 @@ pub fn train_step(
             let terms = student_losses(&state.student, part, group, &mut targets, &judgement);
             losses.add(&terms, share);
             timings.student += clock.lap();
-            accumulate(&mut gradients, &state.student, weighted_sum(terms, share, config));
+            if let Some(objective) = weighted_sum(terms, share, config) {
+                accumulate(&mut gradients, &state.student, objective);
+            }
             timings.backward += clock.lap();
         }
     }
@@ -206,39 +208,6 @@ pub fn train_step(
     state.timings = timings;
     state.step = at.step + 1;
     Ok(StepReport { losses, gradient_norms: norms, target_entropy, at })
-}
-
-/// Runs backward and adds the gradients by name.
-fn accumulate(gradients: &mut Gradients, student: &Network, objective: Option<Tensor<1>>) {
-    struct Collect<'a> {
-        path: parameters::Path,
-        grads: &'a burn::tensor::Gradients,
-        into: &'a mut Gradients,
-    }
-    impl ModuleVisitor for Collect<'_> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if let Some(gradient) = param.val().grad(self.grads) {
-                let gradient = gradient.reshape([-1]);
-                let name = self.path.name();
-                let gradient = match self.into.remove(&name) {
-                    // A sum on all threads, in the memory of the one so far.
-                    Some(sum) => kernels::residual(sum.unsqueeze(), gradient.unsqueeze(), None).reshape([-1]),
-                    None => gradient,
-                };
-                self.into.insert(name, gradient);
-            }
-        }
-        fn enter_module(&mut self, name: &str, container: &str) {
-            self.path.enter(name, container);
-        }
-        fn exit_module(&mut self, _name: &str, container: &str) {
-            self.path.exit(container);
-        }
-    }
-    if let Some(objective) = objective {
-        let grads = objective.backward();
-        student.visit(&mut Collect { path: parameters::Path::default(), grads: &grads, into: gradients });
-    }
 }
 
 fn require_finite(

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use dinoxide_data::{DecodeLimits, Source, Subset, open};
+use dinoxide_data::{DecodeLimits, Rejected, Source, Subset, open};
 use dinoxide_evaluation::copies::descriptor::{Described, describe};
 use dinoxide_evaluation::{
-    Extracted, Extraction, FeatureSource, Features, Interval, LabeledFeatures, Report, Token, extract,
+    Extracted, Extraction, FeatureSource, Features, Interval, LabeledFeatures, Report, Token, extract, readable,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -277,9 +277,7 @@ impl Frozen {
             extract(&self.given.backbone, &*set.source, &indices, &self.extraction, &self.device, &mut progress);
         log.clear();
         let found = Arc::new(found?);
-        for rejected in &found.rejected {
-            log.line(&format!("warning: {}: {}; left out", rejected.id, rejected.reason));
-        }
+        self.warn(&found.rejected);
         self.seen.push((set.name.clone(), Arc::clone(&found)));
         Ok(found)
     }
@@ -293,10 +291,26 @@ impl Frozen {
             describe(&self.given.backbone, &*set.source, indices, &self.extraction, &self.device, &mut progress);
         log.clear();
         let found = found?;
-        for rejected in &found.rejected {
-            log.line(&format!("warning: {}: {}; left out", rejected.id, rejected.reason));
-        }
+        self.warn(&found.rejected);
         Ok(found)
+    }
+
+    /// The images of a set that can be read. What cannot be is left out with a warning.
+    pub(crate) fn readable(&mut self, set: &Set) -> anyhow::Result<Vec<usize>> {
+        let log = &mut self.log;
+        log.bar(set.source.len() as u64, 0, "{bar:28} {pos}/{len} images read once, {eta} left");
+        let found = readable(&*set.source, &mut |done| log.set(done as u64, String::new()));
+        log.clear();
+        let (indices, rejected) = found?;
+        self.warn(&rejected);
+        Ok(indices)
+    }
+
+    /// Lists images that could not be read.
+    fn warn(&mut self, rejected: &[Rejected]) {
+        for rejected in rejected {
+            self.log.line(&format!("warning: {}: {}; left out", rejected.id, rejected.reason));
+        }
     }
 
     /// How features of the last `blocks` blocks come to be; `train` is empty where nothing is trained.
@@ -366,15 +380,18 @@ impl Pair {
         frozen: &mut Frozen,
         input: impl Fn(&Extracted) -> anyhow::Result<Features>,
     ) -> anyhow::Result<(LabeledFeatures, LabeledFeatures)> {
-        let classes = self.train.source.classes();
         let mut labeled = |set: &Set| -> anyhow::Result<LabeledFeatures> {
             let found = frozen.features(set)?;
-            let number = |class: &String| classes.iter().position(|known| known == class).expect("a class of train");
-            let numbers: Vec<u32> = set.source.classes().iter().map(|class| number(class) as u32).collect();
-            let label = |&index: &usize| numbers[set.source.label(index).expect("a labelled set") as usize];
-            let labels = found.indices.iter().map(label).collect();
-            Ok(LabeledFeatures::new(input(&found)?, labels, classes.len())?)
+            Ok(LabeledFeatures::new(input(&found)?, self.labels(set, &found.indices), self.classes())?)
         };
         Ok((labeled(&self.train)?, labeled(&self.val)?))
+    }
+
+    /// The classes of images of either set.
+    pub(crate) fn labels(&self, set: &Set, indices: &[usize]) -> Vec<u32> {
+        let classes = self.train.source.classes();
+        let number = |class: &String| classes.iter().position(|known| known == class).expect("a class of train");
+        let numbers: Vec<u32> = set.source.classes().iter().map(|class| number(class) as u32).collect();
+        indices.iter().map(|&index| numbers[set.source.label(index).expect("a labelled set") as usize]).collect()
     }
 }

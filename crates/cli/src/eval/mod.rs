@@ -1,4 +1,4 @@
-//! `dinoxide eval`: frozen-feature evaluations of a weight file, each in a file of its own.
+//! `dinoxide eval`: evaluations of a weight file, each in a file of its own.
 
 mod clustering;
 pub(crate) mod common;
@@ -7,6 +7,7 @@ mod copies;
 mod correspondence;
 pub(crate) mod dense;
 pub(crate) mod depth;
+mod finetune;
 mod foreground;
 pub(crate) mod given;
 mod knn;
@@ -32,6 +33,8 @@ pub(crate) enum Command {
     Knn(Measurement<knn::Task>),
     /// Linear classifiers on CLS and mean patch tokens, for a grid of learning rates and layers at once
     Linear(Measurement<linear::Task>),
+    /// The whole backbone trained with a linear classifier, with a learning rate for each layer
+    Finetune(Measurement<finetune::Task>),
     /// Logistic regression on CLS tokens, to convergence, for a grid of penalties
     Logistic(Measurement<logistic::Task>),
     /// Images of the same class or instance found by similarity: mAP, recall; landmarks of revisited Oxford and Paris
@@ -60,6 +63,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Knn(measurement) => measurement.run(),
         Command::Linear(measurement) => measurement.run(),
+        Command::Finetune(measurement) => measurement.run(),
         Command::Logistic(measurement) => measurement.run(),
         Command::Retrieval(measurement) => measurement.run(),
         Command::Clustering(measurement) => measurement.run(),

@@ -1,5 +1,6 @@
 //! The program as its users see it: exit codes, messages, and what a run leaves behind.
 
+mod augmented;
 mod bad_input;
 mod bench;
 mod convnext;
@@ -9,6 +10,7 @@ mod dense;
 mod distillation;
 mod embed;
 mod eval;
+mod finetune;
 mod protocols;
 mod resume;
 mod stages;

@@ -5,7 +5,8 @@ use clap::{Parser, Subcommand};
 use crate::eval::common::{Frozen, Outcome, Task};
 use crate::eval::dense::DenseTask;
 use crate::eval::{
-    clustering, copies, correspondence, depth, foreground, knn, linear, logistic, retrieval, segmentation, video,
+    clustering, copies, correspondence, depth, finetune, foreground, knn, linear, logistic, retrieval, segmentation,
+    video,
 };
 
 /// A line of arguments like that of `dinoxide eval`, which a table of the file stands for.
@@ -20,6 +21,7 @@ struct Line {
 pub(super) enum Evaluation {
     Knn(knn::Task),
     Linear(linear::Task),
+    Finetune(finetune::Task),
     Logistic(logistic::Task),
     Retrieval(retrieval::Task),
     Clustering(clustering::Task),
@@ -37,6 +39,7 @@ impl Evaluation {
         match self {
             Self::Knn(_) => "knn",
             Self::Linear(_) => "linear",
+            Self::Finetune(_) => "finetune",
             Self::Logistic(_) => "logistic",
             Self::Retrieval(_) => "retrieval",
             Self::Clustering(_) => "clustering",
@@ -54,6 +57,7 @@ impl Evaluation {
         match self {
             Self::Knn(_) => Some(knn::Task::BLOCKS),
             Self::Linear(_) => Some(linear::Task::BLOCKS),
+            Self::Finetune(_) => Some(finetune::Task::BLOCKS),
             Self::Logistic(_) => Some(logistic::Task::BLOCKS),
             Self::Retrieval(_) => Some(retrieval::Task::BLOCKS),
             Self::Clustering(_) => Some(clustering::Task::BLOCKS),
@@ -68,6 +72,7 @@ impl Evaluation {
         match self {
             Self::Knn(task) => task.run(frozen),
             Self::Linear(task) => task.run(frozen),
+            Self::Finetune(task) => task.run(frozen),
             Self::Logistic(task) => task.run(frozen),
             Self::Retrieval(task) => task.run(frozen),
             Self::Clustering(task) => task.run(frozen),
