@@ -154,9 +154,9 @@ pub fn train_step(
     let (mut clock, mut timings) = (Stopwatch(Instant::now()), Timings::default());
     let parts = batch.divide(draws.len());
 
-    let outputs: Vec<TeacherOutputs> = parts.iter().map(|part| teacher_outputs(state, part, config)).collect();
+    let mut outputs: Vec<TeacherOutputs> = parts.iter().map(|part| teacher_outputs(state, part, config)).collect();
     timings.teacher = clock.lap();
-    let (targets, target_entropy) = center(state, &outputs, config, &at);
+    let (targets, target_entropy) = center(state, &mut outputs, config, &at);
     timings.targets = clock.lap();
 
     // KoLeo's gradient needs the CLS tokens of the whole batch; with several micro-batches they take a forward of their own.
@@ -166,17 +166,19 @@ pub fn train_step(
 
     let mut losses = LossValues::default();
     let mut gradients = Gradients::new();
-    for (i, part) in parts.iter().enumerate() {
+    for (i, (part, targets)) in parts.iter().zip(targets).enumerate() {
         let share = part.len() as f64 / batch.len() as f64;
         let judgement = Judgement {
             config,
-            targets: &targets[i],
+            targets: &targets,
             guidance: &outputs[i].guidance,
             spread: spread.as_ref().map(|s| &s.gradients[i]),
             whole_batch: batch.len(),
             sees_all,
         };
         let terms = student_losses(&state.student, part, &draws[i], &judgement);
+        // The losses have taken what they need of them: no room for them beside the gradients.
+        drop(targets);
         losses.add(&terms, share);
         timings.student += clock.lap();
         accumulate(&mut gradients, &state.student, weighted_sum(terms, share, config));

@@ -174,40 +174,48 @@ fn guidance(state: &TrainState, part: &Batch, tokens: &Tokens, config: &LossConf
 }
 
 /// Targets of each micro-batch from the logits of all, with the entropies of the CLS targets.
+///
+/// With Sinkhorn's targets nothing needs the logits afterwards: they are taken, and become the targets in their own memory.
 pub(crate) fn center(
     state: &TrainState,
-    logits: &[TeacherOutputs],
+    outputs: &mut [TeacherOutputs],
     config: &LossConfig,
     at: &Scheduled,
 ) -> (Vec<Targets>, Option<TargetEntropy>) {
-    // The targets of all micro-batches as one tensor; `None` when the recipe leaves out the loss that they are for.
-    let targets = |logits: Vec<Option<Tensor<2>>>, center: &Center, temperature: f64| {
-        let all = logits.into_iter().collect::<Option<Vec<_>>>()?;
-        let all = Tensor::cat(all, 0);
-        Some(match config.centering {
+    // The targets of all micro-batches as one tensor, and the rows of each; `None` when the recipe leaves out the loss that
+    // they are for.
+    let mut targets = |of: fn(&mut TeacherOutputs) -> &mut Option<Tensor<2>>, center: &Center, temperature: f64| {
+        let logits = outputs.iter_mut().map(|outputs| match config.centering {
+            Centering::Sinkhorn => of(outputs).take(),
+            Centering::Softmax => of(outputs).clone(),
+        });
+        let mut logits = logits.collect::<Option<Vec<_>>>()?;
+        let rows: Vec<usize> = logits.iter().map(|part| part.dims()[0]).collect();
+        let all = if logits.len() == 1 { logits.remove(0) } else { Tensor::cat(logits, 0) };
+        let all = match config.centering {
             Centering::Sinkhorn => sinkhorn_knopp(all, temperature, config.sinkhorn_iterations),
             Centering::Softmax => center.targets(all, temperature),
-        })
+        };
+        Some((all, rows))
     };
-    let cls = targets(logits.iter().map(|l| l.cls.clone()).collect(), &state.cls_center, at.teacher_temp);
-    let patches =
-        targets(logits.iter().map(|l| l.patches.clone()).collect(), &state.patch_center, at.teacher_patch_temp);
-    let (mut first_cls, mut first_patch) = (0, 0);
-    // The rows of a micro-batch among all.
-    let own = |all: &Option<Tensor<2>>, first: &mut usize, logits: &Option<Tensor<2>>| {
-        let (all, count) = (all.as_ref()?, logits.as_ref()?.dims()[0]);
-        *first += count;
-        Some(all.clone().slice(s![*first - count..*first, ..]))
+    let cls = targets(|outputs| &mut outputs.cls, &state.cls_center, at.teacher_temp);
+    let patches = targets(|outputs| &mut outputs.patches, &state.patch_center, at.teacher_patch_temp);
+    // The rows of each micro-batch among all.
+    let parts = outputs.len();
+    let own = |all: &Option<(Tensor<2>, Vec<usize>)>, part: usize| {
+        let (all, rows) = all.as_ref()?;
+        let first = rows[..part].iter().sum::<usize>();
+        Some(all.clone().slice(s![first..first + rows[part], ..]))
     };
-    let parts = logits.iter().map(|logits| {
-        let cls = own(&cls, &mut first_cls, &logits.cls).map(|targets| {
+    let parts = (0..parts).map(|part| {
+        let cls = own(&cls, part).map(|targets| {
             let [rows, prototypes] = targets.dims();
             targets.reshape([2, rows / 2, prototypes])
         });
-        Targets { cls, patches: own(&patches, &mut first_patch, &logits.patches) }
+        Targets { cls, patches: own(&patches, part) }
     });
     let parts = parts.collect();
-    (parts, cls.map(target_entropy))
+    (parts, cls.map(|(all, _)| target_entropy(all)))
 }
 
 fn target_entropy(targets: Tensor<2>) -> TargetEntropy {
