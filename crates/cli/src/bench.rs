@@ -7,7 +7,7 @@ use dinoxide_trainer::measure::{Measured, measure};
 use dinoxide_trainer::step::Timings;
 
 use crate::table::{bytes, count, table};
-use crate::{Usage, device, recipes, terminal};
+use crate::{Usage, allocator, device, recipes, terminal};
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -40,6 +40,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
         return Err(Usage(anyhow::anyhow!("`--steps 0`: at least one step has to be measured")).into());
     }
     let recipe = recipes::resolve(&args.config, &args.set)?;
+    allocator::follow(&recipe.value);
     let device = device::parse(&recipe.value.run.device)?;
     let mut taken = 0;
     let measured = measure(&recipe.value, &device, WARMUP, args.steps, &mut |seconds| {

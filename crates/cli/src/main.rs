@@ -8,6 +8,8 @@ mod embed;
 mod eval;
 mod export;
 mod inspect;
+mod memory;
+mod plan;
 mod recipes;
 mod table;
 mod terminal;
@@ -34,6 +36,8 @@ struct Cli {
 enum Command {
     /// Train a recipe; without arguments, the quickstart on built-in images.
     Train(train::Args),
+    /// Tell memory, speed, hours and disk of a run before it starts.
+    Plan(plan::Args),
     /// Write a frozen teacher's tokens once, for students that then need no teacher.
     Cache(cache::Args),
     /// Measure what a trained backbone's features are worth.
@@ -89,6 +93,7 @@ fn main() -> ExitCode {
     // Parallel operations started from inside the pool need no waking of another thread and no waiting for it.
     let outcome = rayon::scope(|_| match cli.command {
         Command::Train(args) => train::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Eval(command) => eval::run(&command),
         Command::Embed(args) => embed::run(&args),

@@ -41,6 +41,14 @@ pub(crate) fn resolve(name: &str, overrides: &[String]) -> anyhow::Result<Resolv
     load(&request).map_err(|e| Usage(e.into()).into())
 }
 
+/// What `--data` changes in a recipe: its images, and those it classifies, which have nothing to do with other images.
+pub(crate) fn data_overrides(data: Option<&str>) -> Vec<String> {
+    // A JSON string is a TOML string.
+    let text = |value: &str| serde_json::Value::from(value);
+    let all = |data| [("data.source", data), ("eval.train", ""), ("eval.val", "")];
+    data.map(all).into_iter().flatten().map(|(key, value)| format!("{key}={}", text(value))).collect()
+}
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// A recipe to show with every value and where it comes from: a file or a name

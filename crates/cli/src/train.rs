@@ -14,7 +14,7 @@ use dinoxide_trainer::{Recipe, TrainError, train, train_students};
 
 use crate::table::{bytes, count, duration};
 use crate::terminal::Log;
-use crate::{Usage, device, exit, recipes, terminal};
+use crate::{Usage, allocator, device, exit, recipes, terminal};
 
 /// Train a recipe; without arguments, the quickstart on built-in images.
 ///
@@ -84,13 +84,8 @@ impl Args {
     fn overrides(&self) -> Vec<String> {
         // A JSON string is a TOML string.
         let text = |value: &str| serde_json::Value::from(value).to_string();
-        let mut all = Vec::new();
+        let mut all = recipes::data_overrides(self.data.as_deref());
         let mut push = |key: &str, value: Option<String>| all.extend(value.map(|value| format!("{key}={value}")));
-        push("data.source", self.data.as_deref().map(text));
-        // A recipe's own images to classify have nothing to do with other images to train on.
-        for key in ["eval.train", "eval.val"] {
-            push(key, self.data.as_ref().map(|_| text("")));
-        }
         if self.stage.is_none() {
             push("init.from", self.init.as_deref().map(text));
         }
@@ -182,6 +177,7 @@ fn run_one(
     device: &Device,
     stop: &AtomicBool,
 ) -> anyhow::Result<Outcome> {
+    allocator::follow(&recipe.value);
     let mut screen = Screen::new(recipe, directory)?;
     screen.log.line(&screen.recipe_line());
     let outcome = train(recipe, directory, device, stop, &mut |event| screen.show(event));
@@ -235,6 +231,7 @@ fn run_students(
     device: &Device,
     stop: &AtomicBool,
 ) -> anyhow::Result<ExitCode> {
+    allocator::follow(&recipe.value);
     let row = Row::of_students(recipe, directory).map_err(usage)?;
     let mut screens = Vec::<Screen<'_>>::new();
     for student in &row.stages {

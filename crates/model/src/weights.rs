@@ -4,6 +4,7 @@
 //! that evaluation needs the file alone. [`assemble`] covers every tensor or is an error that lists what is missing, extra,
 //! or of another shape. Reading files, ours and others', is the crate `exchange`.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
@@ -78,24 +79,8 @@ impl WeightFile {
     /// # Panics
     /// If a tensor's values do not fill its shape.
     pub fn to_bytes(&self) -> Vec<u8> {
-        // Not written by the safetensors crate, which takes the metadata as a hash map, in an order that changes.
-        let mut header = serde_json::Map::new();
-        if !self.metadata.is_empty() {
-            header.insert("__metadata__".to_owned(), json!(self.metadata));
-        }
-        let mut end = 0;
-        for (name, Weight { shape, values }) in &self.tensors {
-            assert_eq!(shape.iter().product::<usize>(), values.len(), "values of `{name}` {shape:?}");
-            let start = end;
-            end += size_of_val(values.as_slice());
-            header.insert(name.clone(), json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, end] }));
-        }
-        let mut header = serde_json::to_vec(&header).expect("a header is plain data");
-        header.resize(header.len().next_multiple_of(8), b' ');
-        let mut bytes = Vec::with_capacity(8 + header.len() + end);
-        bytes.extend((header.len() as u64).to_le_bytes());
-        bytes.extend(header);
-        bytes.extend(self.tensors.values().flat_map(|w| &w.values).flat_map(|value| value.to_le_bytes()));
+        let mut bytes = Vec::new();
+        self.write_to(&mut bytes).expect("memory takes whatever is written");
         bytes
     }
 
@@ -104,17 +89,79 @@ impl WeightFile {
     /// # Errors
     /// Whatever the file system says.
     pub fn write(&self, path: &Path) -> std::io::Result<()> {
-        write_atomically(path, &self.to_bytes())
+        write_atomically_with(path, |out| self.write_to(out))
+    }
+
+    fn write_to(&self, out: &mut dyn Write) -> std::io::Result<()> {
+        let shapes = self.tensors.iter().map(|(name, weight)| (name.as_str(), weight.shape.as_slice())).collect();
+        write_tensors(out, &self.metadata, &shapes, |name| Cow::Borrowed(&self.tensors[name].values))
     }
 }
+
+/// Writes tensors of these shapes as a safetensors file, asking for the values of one at a time, in the order of their
+/// names: no more than one of them has to be on the host.
+///
+/// # Errors
+/// Whatever `out` says.
+///
+/// # Panics
+/// If a tensor's values do not fill its shape.
+pub fn write_tensors<'a>(
+    out: &mut dyn Write,
+    metadata: &BTreeMap<String, String>,
+    shapes: &BTreeMap<&str, &[usize]>,
+    mut values: impl FnMut(&str) -> Cow<'a, [f32]>,
+) -> std::io::Result<()> {
+    // Not written by the safetensors crate, which takes the metadata as a hash map, in an order that changes.
+    let mut header = serde_json::Map::new();
+    if !metadata.is_empty() {
+        header.insert("__metadata__".to_owned(), json!(metadata));
+    }
+    let length = |shape: &[usize]| shape.iter().product::<usize>();
+    let mut end = 0;
+    for (name, shape) in shapes {
+        let start = end;
+        end += size_of::<f32>() * length(shape);
+        header.insert((*name).to_owned(), json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, end] }));
+    }
+    let mut header = serde_json::to_vec(&header).expect("a header is plain data");
+    header.resize(header.len().next_multiple_of(8), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    let mut bytes = Vec::new();
+    for (name, shape) in shapes {
+        let values = values(name);
+        assert_eq!(length(shape), values.len(), "values of `{name}` {shape:?}");
+        for block in values.chunks(WRITTEN_AT_ONCE) {
+            bytes.clear();
+            bytes.extend(block.iter().flat_map(|value| value.to_le_bytes()));
+            out.write_all(&bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// Values of a tensor that are turned into bytes at once.
+const WRITTEN_AT_ONCE: usize = 1 << 16;
 
 /// Writes to a temporary file beside `path`, syncs it, and renames it into place.
 ///
 /// # Errors
 /// Whatever the file system says; the temporary file is removed then.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    write_atomically_with(path, |out| out.write_all(bytes))
+}
+
+/// As [`write_atomically`], with what `write` writes.
+///
+/// # Errors
+/// Whatever the file system or `write` says; the temporary file is removed then.
+pub fn write_atomically_with(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> std::io::Result<()> {
     let mut file = temporary_beside(path, "")?;
-    file.write_all(bytes)?;
+    write(&mut file)?;
     file.as_file().sync_all()?;
     file.persist(path).map_err(|e| e.error)?;
     Ok(())
@@ -339,7 +386,7 @@ pub fn assemble(
 
 /// A lower bound of a backbone's parameters, from its description alone: what a hostile file must be checked against
 /// before anything of that size is allocated.
-fn parameter_count(architecture: &Architecture) -> usize {
+pub fn parameter_count(architecture: &Architecture) -> usize {
     match architecture {
         Architecture::Vit(config) => vit_parameters(config),
         Architecture::ConvNext(config) => convnext_parameters(config),

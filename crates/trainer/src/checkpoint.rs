@@ -4,14 +4,16 @@
 //! `manifest.json` (counters, the list of unreadable images, the state file's length and CRC-32). The folder is written
 //! under another name, synced and renamed. Loading takes the newest one that is whole.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_data::BadImages;
 use dinoxide_model::parameters;
-use dinoxide_model::weights::{Weight, WeightFile, host, write_atomically};
+use dinoxide_model::weights::{Weight, WeightFile, host, write_atomically, write_atomically_with, write_tensors};
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
@@ -110,14 +112,20 @@ fn write(folder: &Path, state: &TrainState, progress: &Progress) -> std::io::Res
         fs::remove_dir_all(folder)?;
     }
     fs::create_dir(folder)?;
-    let bytes = tensors(state).to_bytes();
+    let tensors = tensors(state);
+    let shapes = tensors.iter().map(|(name, (shape, _))| (name.as_str(), shape.as_slice())).collect();
+    let (mut bytes, mut checksum) = (0, crc32fast::Hasher::new());
+    write_atomically_with(&folder.join("state.safetensors"), |out| {
+        let mut out = Counted { out, bytes: &mut bytes, checksum: &mut checksum };
+        // One tensor at a time on the host: copies of all of them would be the largest memory of a run.
+        write_tensors(&mut out, &BTreeMap::new(), &shapes, |name| Cow::Owned(host(tensors[name].1.clone())))
+    })?;
     let manifest = Manifest {
         progress: progress.clone(),
         optimizer_steps: state.optimizer.moments.iter().map(|(name, m)| (name.clone(), m.steps)).collect(),
-        bytes: bytes.len() as u64,
-        crc32: crc32fast::hash(&bytes),
+        bytes,
+        crc32: checksum.finalize(),
     };
-    write_atomically(&folder.join("state.safetensors"), &bytes)?;
     let manifest = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
     write_atomically(&folder.join("manifest.json"), &manifest)?;
     sync_folder(folder)
@@ -128,23 +136,41 @@ fn sync_folder(folder: &Path) -> std::io::Result<()> {
     if cfg!(unix) { fs::File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
-/// All tensors of a state by name.
-fn tensors(state: &TrainState) -> WeightFile {
-    let mut file = WeightFile::default();
+/// Counts what is written, and forms its checksum.
+struct Counted<'a> {
+    out: &'a mut dyn Write,
+    bytes: &'a mut u64,
+    checksum: &'a mut crc32fast::Hasher,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        *self.bytes += written as u64;
+        self.checksum.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// All tensors of a state by name, flattened, each with its shape. They share the memory of the state.
+fn tensors(state: &TrainState) -> BTreeMap<String, (Vec<usize>, Tensor<1>)> {
+    let mut tensors = BTreeMap::new();
     for (prefix, network) in [("student", &state.student), ("teacher", &state.teacher)] {
         parameters::visit(network, |name, shape, value| {
-            file.tensors.insert(format!("{prefix}.{name}"), Weight { shape: shape.to_vec(), values: host(value) });
+            tensors.insert(format!("{prefix}.{name}"), (shape.to_vec(), value));
         });
     }
     if let Some(backbone) = &state.gram_teacher {
         parameters::visit(backbone, |name, shape, value| {
-            let weight = Weight { shape: shape.to_vec(), values: host(value) };
-            file.tensors.insert(format!("{GRAM_TEACHER}{name}"), weight);
+            tensors.insert(format!("{GRAM_TEACHER}{name}"), (shape.to_vec(), value));
         });
     }
     let mut flat = |name: String, value: Tensor<1>| {
-        let values = host(value);
-        file.tensors.insert(name, Weight { shape: vec![values.len()], values });
+        tensors.insert(name, (value.dims().to_vec(), value));
     };
     for (name, moments) in &state.optimizer.moments {
         flat(format!("adam_m.{name}"), moments.m.clone());
@@ -152,7 +178,7 @@ fn tensors(state: &TrainState) -> WeightFile {
     }
     flat("dino_loss.center".into(), state.cls_center.value.clone().reshape([-1]));
     flat("ibot_patch_loss.center".into(), state.patch_center.value.clone().reshape([-1]));
-    file
+    tensors
 }
 
 /// The checkpoints in a folder, oldest first.
@@ -311,17 +337,18 @@ fn put(state: &mut TrainState, manifest: &Manifest, mut file: WeightFile, device
         *state = with_copy;
         return Ok(());
     }
-    let expected = tensors(state);
-    for (name, weight) in &expected.tensors {
+    // Shapes alone: the tensors are to make room for those of the file one by one.
+    let expected: BTreeMap<_, _> = tensors(state).into_iter().map(|(name, (shape, _))| (name, shape)).collect();
+    for (name, shape) in &expected {
         match file.tensors.get(name) {
             None => return Err(format!("`{name}` is missing")),
-            Some(found) if found.shape != weight.shape => {
-                return Err(format!("`{name}` is {:?}, the recipe's is {:?}", found.shape, weight.shape));
+            Some(found) if found.shape != *shape => {
+                return Err(format!("`{name}` is {:?}, the recipe's is {shape:?}", found.shape));
             }
             Some(_) => {}
         }
     }
-    if let Some(extra) = file.tensors.keys().find(|name| !expected.tensors.contains_key(*name)) {
+    if let Some(extra) = file.tensors.keys().find(|name| !expected.contains_key(*name)) {
         return Err(format!("`{extra}` does not belong to the recipe"));
     }
     if let Some(name) = state.optimizer.moments.keys().find(|name| !manifest.optimizer_steps.contains_key(*name)) {

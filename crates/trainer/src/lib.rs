@@ -7,6 +7,7 @@ pub mod cache;
 pub mod checkpoint;
 pub mod duration;
 pub mod error;
+pub mod forecast;
 pub mod loss;
 pub mod measure;
 pub mod metrics;
@@ -23,6 +24,7 @@ mod start;
 pub mod step;
 pub mod targets;
 mod terms;
+pub mod trial;
 
 pub use error::TrainError;
 pub use recipe::Recipe;

@@ -136,6 +136,18 @@ impl Monitor {
         Ok(Some(Self { train, val, train_indices, val_indices, extraction, config, names, specs }))
     }
 
+    /// The same evaluation with a full forward of training images and a few to classify: what one costs, in small.
+    pub(crate) fn sample(mut self) -> Self {
+        let thin = |indices: &mut Vec<usize>, count: usize| {
+            let all = std::mem::take(indices);
+            let count = count.min(all.len());
+            *indices = (0..count).map(|i| all[i * all.len() / count]).collect();
+        };
+        thin(&mut self.train_indices, BATCH.max(self.config.k));
+        thin(&mut self.val_indices, BATCH / 4);
+        self
+    }
+
     /// Images that each evaluation runs the backbone on.
     pub fn images(&self) -> usize {
         self.train_indices.len() + self.val_indices.len()

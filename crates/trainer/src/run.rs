@@ -191,7 +191,7 @@ fn train_together(
 }
 
 /// From where the runs stand to their end.
-fn go(
+pub(crate) fn go(
     shared: &Recipe,
     source: &Arc<dyn Source>,
     mut cache: Option<Cache>,
@@ -277,7 +277,8 @@ pub(crate) fn prepare_directory(recipe: &Resolved<Recipe>, directory: &Path) -> 
     Ok(lock)
 }
 
-struct Run<'a> {
+/// A run that has begun.
+pub(crate) struct Run<'a> {
     config: &'a Recipe,
     plan: Plan,
     monitor: Option<Monitor>,
@@ -325,7 +326,8 @@ pub(crate) fn peak_bytes() -> u64 {
 }
 
 impl<'a> Run<'a> {
-    fn start(
+    /// Sets the run up, or goes on from its newest checkpoint.
+    pub(crate) fn start(
         config: &'a Recipe,
         initial: Initial,
         source: Arc<dyn Source>,
@@ -513,7 +515,7 @@ impl<'a> Run<'a> {
 
     /// Evaluates the teacher. `None` if nothing is to be evaluated, or if that failed after the first step: hours of
     /// training are not given up for a folder that has vanished meanwhile. Before the first step it is an error.
-    fn evaluate(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<Option<Finding>, TrainError> {
+    pub(crate) fn evaluate(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<Option<Finding>, TrainError> {
         let Some(monitor) = &self.monitor else { return Ok(None) };
         let of = monitor.images();
         let mut progress = |done| watch(Event::Evaluating { done, of });
