@@ -7,6 +7,7 @@ mod dense;
 mod distillation;
 mod embed;
 mod eval;
+mod plan;
 mod protocols;
 mod resume;
 mod stages;
