@@ -203,9 +203,9 @@ fn in_a_process(args: &Args, index: usize, extent: Extent) -> anyhow::Result<Tri
             child.wait()?;
             anyhow::bail!(
                 "recipe: {blocks} blocks and {parts} micro-batches take more than the {} that were free, and the measurement \
-                 was ended\n\nhint: {}",
-                bytes(before),
-                "raise `efficiency.micro_batches`, set `efficiency.recompute = true`, or lower `train.batch_size`"
+                 was ended\n\nhint: raise `efficiency.micro_batches`, set `efficiency.recompute = true`, or lower \
+                 `train.batch_size`",
+                bytes(before)
             );
         }
         std::thread::sleep(Duration::from_millis(20));
