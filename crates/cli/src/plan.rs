@@ -203,9 +203,9 @@ fn in_a_process(args: &Args, index: usize, extent: Extent) -> anyhow::Result<Tri
             child.wait()?;
             anyhow::bail!(
                 "recipe: {blocks} blocks and {parts} micro-batches take more than the {} that were free, and the measurement \
-                 was ended\n\nhint: {}",
-                bytes(before),
-                "raise `efficiency.micro_batches`, set `efficiency.recompute = true`, or lower `train.batch_size`"
+                 was ended\n\nhint: raise `efficiency.micro_batches`, set `efficiency.recompute = true`, or lower \
+                 `train.batch_size`",
+                bytes(before)
             );
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -287,10 +287,12 @@ fn report(recipe: &Resolved<Recipe>, runs: &[Named], planned: &[Planned], free: 
                 count(run.trials[0].samples as u64)
             ),
             format!(
-                "speed       {:.2} images/s: {:.3} s a step, {:.0} % of it waiting for images",
+                "speed       {:.2} images/s: {:.3} s a step, {:.0} % of it waiting for images; {:.1} of {} cores busy",
                 forecast.images_per_second,
                 forecast.step_seconds,
-                100.0 * forecast.data_wait
+                100.0 * forecast.data_wait,
+                busy_cores(&run.trials),
+                std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
             ),
             format!(
                 "memory      {} at most: {} in weights, moments and gradients, the rest in activations and images",
@@ -327,6 +329,11 @@ fn report(recipe: &Resolved<Recipe>, runs: &[Named], planned: &[Planned], free: 
         lines.push(format!("\nall stages  {}, {} on disk", duration(all), bytes(disk)));
     }
     lines.join("\n")
+}
+
+/// Cores that the steps of the last trial kept busy. Fewer than there are, others were at work, or the steps waited.
+fn busy_cores(trials: &[Trial]) -> f64 {
+    trials.last().map_or(0.0, |trial| trial.processor_seconds / trial.step_seconds)
 }
 
 /// Seconds from the start of a run to its end.

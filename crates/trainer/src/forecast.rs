@@ -23,6 +23,8 @@ pub struct Forecast {
     pub images_per_second: f64,
     /// Share of the time in which a step waits for images.
     pub data_wait: f64,
+    /// Seconds of processor time of a step, loader included, over all cores; 0 where the system does not tell.
+    pub processor_seconds: f64,
     /// Highest resident memory of the process, in bytes.
     pub peak_bytes: u64,
     /// Of these, weights of student and teacher, moments and gradients, which no division of the batch makes less.
@@ -171,6 +173,7 @@ pub fn forecast(recipe: &Recipe, trials: &[Trial], cores: usize) -> Result<Forec
         step_seconds,
         images_per_second: batch_size as f64 / step_seconds,
         data_wait: waits / step_seconds,
+        processor_seconds: at(whole, trials, |trial| trial.processor_seconds).max(0.0),
         peak_bytes,
         state_bytes,
         training_seconds: plan.steps as f64 * step_seconds,
@@ -187,4 +190,116 @@ pub fn forecast(recipe: &Recipe, trials: &[Trial], cores: usize) -> Result<Forec
         disk_bytes,
         disk_peak_bytes: disk_bytes + beside.max(teacher_bytes),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trial(blocks: usize, parts: usize) -> Trial {
+        let (b, p) = (blocks as f64, parts as f64);
+        Trial {
+            extent: Extent { blocks, parts },
+            batch_size: 3 * parts,
+            steps: 3,
+            // A step's own work, and that of a micro-batch, each with a part for every block.
+            step_seconds: 0.3 + 0.2 * b + p * (0.5 + 0.7 * b),
+            waited_seconds: 0.0,
+            processor_seconds: 0.4 * b,
+            step_peak_bytes: 1000 + 200 * blocks as u64 + parts as u64 * (30 + 7 * blocks as u64),
+            peak_bytes: 4000,
+            checkpoint_seconds: 0.5 * b,
+            checkpoint_bytes: 400 * blocks as u64,
+            teacher_bytes: 90 * blocks as u64,
+            metrics_bytes: 11,
+            samples: 500,
+            evaluated: 40,
+            evaluation_seconds: 0.01 * b,
+        }
+    }
+
+    fn near(a: f64, b: f64) {
+        assert!((a - b).abs() < 1e-9 * b.abs().max(1.0), "{a} is not {b}");
+    }
+
+    #[test]
+    fn two_or_four_trials_give_what_all_would_have_taken() {
+        let whole = Extent { blocks: 24, parts: 16 };
+        let of = |extents: &[(usize, usize)]| -> Vec<Trial> { extents.iter().map(|&(b, p)| trial(b, p)).collect() };
+        let seconds = |trials: &[Trial], whole| at(whole, trials, |trial| trial.step_seconds);
+        near(seconds(&of(&[(2, 2), (7, 2), (2, 4), (7, 4)]), whole), trial(24, 16).step_seconds);
+        near(seconds(&of(&[(2, 16), (5, 16)]), whole), trial(24, 16).step_seconds);
+        near(seconds(&of(&[(24, 2), (24, 3)]), whole), trial(24, 16).step_seconds);
+        near(seconds(&of(&[(24, 16)]), whole), trial(24, 16).step_seconds);
+    }
+
+    #[test]
+    fn the_whole_is_tried_where_it_can_be_and_else_what_lies_far_apart() {
+        let extent = |blocks, parts| Extent { blocks, parts };
+        let (whole, mut tried) = (extent(12, 1), trial(2, 1));
+        assert_eq!((first(whole), first(extent(1, 8))), (extent(2, 1), extent(1, 2)));
+        tried.step_seconds = 0.5;
+        // Twelve blocks take at most 3 s a step, 15 s a trial.
+        assert_eq!(further(whole, &tried, 15.0, None), [whole]);
+        assert_eq!(further(whole, &tried, 14.9, None), [extent(5, 1)]);
+        assert_eq!(further(whole, &tried, 0.0, None), [extent(4, 1)]);
+        tried.peak_bytes = 1000;
+        assert_eq!(further(whole, &tried, 60.0, Some(5999)), [extent(11, 1)]);
+        assert_eq!(further(whole, &tried, 60.0, Some(1500)), [extent(3, 1)]);
+        assert_eq!(further(extent(12, 16), &trial(2, 2), 0.0, None), [extent(4, 2), extent(2, 4), extent(4, 4)]);
+        assert_eq!(further(extent(2, 16), &trial(2, 2), 0.0, None), [extent(2, 4)]);
+        assert!(further(extent(2, 2), &trial(2, 2), 0.0, None).is_empty());
+    }
+
+    #[test]
+    fn a_loader_that_is_too_slow_sets_the_pace_until_the_step_is_slower() {
+        // The loader alone takes 1 s for each batch of 3; the step of its own 0.1 s for each block.
+        let waiting = |blocks: usize| {
+            let own = 0.1 * blocks as f64;
+            Trial { step_seconds: own.max(1.0), waited_seconds: (1.0 - own).max(0.0), ..trial(blocks, 1) }
+        };
+        let trials = [waiting(2), waiting(4)];
+        let step = |blocks, threads, cores| step_seconds(Extent { blocks, parts: 1 }, &trials, 3, threads, cores);
+        // On a device of its own the slower of both.
+        near(step(8, 2, 0).0, 1.0);
+        near(step(8, 2, 0).1, 0.2);
+        near(step(30, 2, 0).0, 3.0);
+        near(step(30, 2, 0).1, 0.0);
+        // Two of eight cores were the loader's all the time, and are now for one second.
+        near(step(30, 2, 8).0, 0.75 * 3.0 + 0.25);
+        // On all cores, or without threads, the work of both adds up.
+        let adding = [0.2, 0.4].map(|own| Trial {
+            step_seconds: 1.0 + own,
+            waited_seconds: 0.9,
+            ..trial((10.0 * own) as usize, 1)
+        });
+        for (threads, cores) in [(2, 2), (0, 8)] {
+            near(step_seconds(Extent { blocks: 30, parts: 1 }, &adding, 3, threads, cores).0, 4.0);
+        }
+    }
+
+    #[test]
+    fn time_and_disk_by_hand() {
+        let text = "train = { length = \"100 steps\", batch_size = 6 }\nefficiency.micro_batches = 2\n\
+                    run = { checkpoint_every = \"30 steps\", log_every = \"10 steps\", keep_checkpoints = 3 }\n\
+                    eval.every = \"50 steps\"\nmodel.depth = 10\n\
+                    schedule = { freeze_last_layer = \"0 steps\", lr.warmup = \"9 steps\", teacher_temp.warmup = \"9 steps\" }";
+        let recipe = dinoxide_config::Resolved::<Recipe>::from_text("test", text).expect("a recipe").value;
+        let found = forecast(&recipe, &[trial(2, 2), trial(5, 2)], 2).expect("a forecast");
+        let step = trial(10, 2).step_seconds;
+        near(found.step_seconds, step);
+        near(found.images_per_second, 6.0 / step);
+        near(found.training_seconds, 100.0 * step);
+        near(found.processor_seconds, 4.0);
+        // After steps 0, 50 and 100; checkpoints after 30, 60, 90 and 100.
+        assert_eq!((found.evaluations, found.checkpoints, found.checkpoints_kept), (3, 4, 3));
+        near(found.evaluation_seconds, 3.0 * 40.0 * 0.1);
+        near(found.checkpoint_seconds, 4.0 * 5.0);
+        assert_eq!((found.checkpoint_bytes, found.teacher_bytes, found.state_bytes), (4000, 900, 5000));
+        // Lines after steps 1, 10, 20, …, 100.
+        assert_eq!(found.metrics_bytes, 11 * 11);
+        assert_eq!((found.disk_bytes, found.disk_peak_bytes), (12_000 + 900 + 121, 16_000 + 900 + 121));
+        // Of k-NN: 40 images' features of width 384 three times, beside what a checkpoint holds.
+        assert_eq!(found.peak_bytes, 4000 + 40 * 384 * 4 * 3);
+    }
 }

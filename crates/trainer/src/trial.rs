@@ -41,6 +41,9 @@ pub struct Trial {
     pub step_seconds: f64,
     /// Of these, seconds in which it waited for images.
     pub waited_seconds: f64,
+    /// Seconds of processor time of a step, loader included, over all cores; 0 where the system does not tell. Far less than
+    /// the cores have in that time: other programs took their share, or the step is not computed here.
+    pub processor_seconds: f64,
     /// Highest resident memory of the process after the last step, in bytes.
     pub step_peak_bytes: u64,
     /// And after a checkpoint and k-NN.
@@ -59,6 +62,17 @@ pub struct Trial {
     pub evaluated: usize,
     /// Seconds that k-NN takes for each of them.
     pub evaluation_seconds: f64,
+}
+
+/// Seconds of processor time of this process so far, where the system tells.
+fn processor_seconds() -> Option<f64> {
+    /// Linux counts for programs in hundredths of a second on every architecture.
+    const TICKS: f64 = 100.0;
+    let status = fs::read_to_string("/proc/self/stat").ok()?;
+    // The process's name may hold anything, so count from its end: user and system time are the 12th and 13th after it.
+    let mut fields = status.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut next = || fields.next()?.parse::<f64>().ok();
+    Some((next()? + next()?) / TICKS)
 }
 
 /// Steps until the loader's queue is full and memory is set aside.
@@ -155,11 +169,13 @@ pub fn trial(recipe: &Resolved<Recipe>, extent: Extent, seconds: f64, device: &D
     let stop = AtomicBool::new(false);
     let begin = Instant::now();
     // When each step ended, and how long it waited for images.
-    let (mut ends, mut waits, mut saved, mut step_peak_bytes) = (Vec::new(), Vec::new(), None, 0);
+    let (mut ends, mut waits, mut busy) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut saved, mut step_peak_bytes) = (None, 0);
     go(config, &source, cache, &mut run, &stop, &mut |_, event| match event {
         Event::Step { data_wait, .. } => {
             let last = ends.last().copied().unwrap_or(begin);
             ends.push(Instant::now());
+            busy.push(processor_seconds().unwrap_or(0.0));
             waits.push(data_wait * last.elapsed().as_secs_f64());
             step_peak_bytes = peak_bytes();
             let since = |i: usize| ends.get(i).map_or(0.0, |end| end.elapsed().as_secs_f64());
@@ -175,7 +191,7 @@ pub fn trial(recipe: &Resolved<Recipe>, extent: Extent, seconds: f64, device: &D
     let evaluation_seconds = if sampled > 0 { since.elapsed().as_secs_f64() / sampled as f64 } else { 0.0 };
 
     let warmup = WARMUP.min(ends.len() - 1);
-    let from = if warmup > 0 { ends[warmup - 1] } else { begin };
+    let (from, busy_from) = if warmup > 0 { (ends[warmup - 1], busy[warmup - 1]) } else { (begin, 0.0) };
     let (last, steps) = (*ends.last().expect("a run has a step"), ends.len() - warmup);
     let size = |path: &Path| fs::metadata(path).map(|data| data.len()).map_err(TrainError::io(path));
     let mut checkpoint_bytes = 0;
@@ -190,6 +206,7 @@ pub fn trial(recipe: &Resolved<Recipe>, extent: Extent, seconds: f64, device: &D
         steps,
         step_seconds: (last - from).as_secs_f64() / steps as f64,
         waited_seconds: waits[warmup..].iter().sum::<f64>() / steps as f64,
+        processor_seconds: (busy[ends.len() - 1] - busy_from) / steps as f64,
         step_peak_bytes,
         peak_bytes: peak_bytes(),
         checkpoint_seconds: saved.map_or(0.0, |saved| (saved - last).as_secs_f64()),

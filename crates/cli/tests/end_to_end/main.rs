@@ -11,6 +11,7 @@ mod distillation;
 mod embed;
 mod eval;
 mod finetune;
+mod plan;
 mod protocols;
 mod resume;
 mod stages;
