@@ -141,7 +141,7 @@ def forward(args):
 def runs(args):
     common = [
         os.path.join(args.target, "dinoxide"), "eval", "linear", "--weights", args.weights, "--train", args.train,
-        "--val", args.val, "--grid", "dinov3",
+        "--val", args.val, "--grid", "dinov3", "--batch-size", "16", "--iterations", str(args.iterations),
     ]
     rates = [m * 10.0**e for e in range(-5, -1) for m in (1, 2, 5)] + [0.1]
     together, separate = [], []
@@ -187,6 +187,7 @@ parser.add_argument("--target", default="target/release", help="folder with the 
 parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--images", help="folder of photographs, for `features`")
 parser.add_argument("--weights", help="backbone, for `runs`")
+parser.add_argument("--iterations", type=int, default=500, help="of SGD, for `runs`")
 parser.add_argument("--train", help="folder of classes, for `runs`")
 parser.add_argument("--val", help="folder of the same classes, for `runs`")
 arguments = parser.parse_args()

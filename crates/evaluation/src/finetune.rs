@@ -252,7 +252,6 @@ pub fn finetune(
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Tensor;
     use dinoxide_model::{parameters, weights::host};
 
     use super::*;

@@ -366,7 +366,7 @@ mod tests {
                 losses.push(expected);
             }
         }
-        assert!(losses.iter().all(|loss| losses.iter().filter(|other| (*other - loss).abs() < 1e-3).count() == 1));
+        assert!(losses.iter().all(|loss| losses.iter().filter(|other| (*other - loss).abs() < 1e-4).count() == 1));
         let stamps: Vec<_> = report.protocol.features.iter().map(|source| source.augmentation.as_str()).collect();
         assert_eq!(stamps, [TrainTransform::DESCRIPTION; 2]);
         assert_eq!((report.protocol.train_samples, report.protocol.val_samples), (Some(setting.labels.len()), 15));

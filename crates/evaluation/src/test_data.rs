@@ -15,6 +15,8 @@ pub(crate) fn backbone() -> Backbone {
         embed_dim: Some(12),
         depth: Some(2),
         num_heads: Some(3),
+        // Blocks matter from the start.
+        layer_scale_init: 0.5,
         ..ModelConfig::default()
     };
     let architecture = config.resolve(12).expect("a model");
