@@ -230,7 +230,7 @@ fn by_name(copies: &Set, originals: &Set) -> anyhow::Result<Vec<Option<usize>>> 
         let name = stem(&copies.source.id(index));
         // Up to the end, or to a sign that no name goes on with.
         let ends = name.char_indices().filter(|(_, c)| !c.is_alphanumeric()).map(|(at, _)| at).chain([name.len()]);
-        ends.filter_map(|end| known.get(&name[..end]).copied()).last()
+        ends.filter_map(|end| known.get(&name[..end]).copied()).next_back()
     };
     let found: Vec<Option<usize>> = (0..copies.source.len()).map(find).collect();
     if let Some(missing) = found.iter().position(Option::is_none) {

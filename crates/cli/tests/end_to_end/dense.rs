@@ -132,6 +132,28 @@ fn depth_is_scored_beside_the_mean() {
 }
 
 #[test]
+fn a_dpt_head_takes_four_blocks() {
+    let place = Workplace::new();
+    place.train("run", &["--set", "model.depth=4"]).succeeded();
+    let few = ["--iterations", "2", "--samples", "2", "--head", "dpt"];
+    let sets = ["--train", "synthetic:images=4,size=16x20", "--val", "synthetic:split=val,images=2,size=20x16"];
+    let segmentation = run(&place, ["eval", "segmentation"], &[&sets, &few, &["--json"]]).succeeded();
+    let result = json(&segmentation);
+    assert_eq!(result["protocol"]["features"][0]["layers"], serde_json::json!([0, 1, 2, 3]));
+    let head = result["protocol"]["method"]["head"].as_str().expect("words");
+    assert!(head.starts_with("DPT, AdamW, "), "{head}");
+    let again = run(&place, ["eval", "segmentation"], &[&sets, &few, &["--json"]]).succeeded();
+    assert_eq!(segmentation.stdout, again.stdout, "an evaluation repeats");
+    let depth = run(&place, ["eval", "depth"], &[&sets, &few, &["--max-depth", "11"]]).succeeded().stdout;
+    assert!(depth.contains("\nDPT head ") && !depth.contains("linear head"), "{depth}");
+    run(&place, ["eval", "depth"], &[&sets, &few, &["--layers", "2"]])
+        .failed(2, &["`--head dpt` takes 4 blocks, evenly from all; `--layers` is 2"]);
+    place.train("shallow", &[]).succeeded();
+    let shallow = ["eval", "segmentation", "--weights", "shallow/teacher.safetensors"];
+    place.run(&[&shallow[..], &sets, &few].concat()).failed(2, &["the last 4 blocks were asked for, 1 are given"]);
+}
+
+#[test]
 fn videos_are_scored_object_by_object() {
     let place = place();
     annotated(&place, "videos/one", 5, |i| square(i, 255));

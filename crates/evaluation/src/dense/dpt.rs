@@ -31,6 +31,9 @@ pub const BLOCKS: usize = 4;
 const FEATURES: usize = 64;
 /// Channels of each block's map before that.
 const PROJECTED: [usize; BLOCKS] = [32, 48, 64, 96];
+/// Where initial values are to be ten times smaller: of what is added to a map, so that it does not grow from unit to unit, and
+/// of the outputs.
+const SMALL: usize = 100;
 /// Pixels of the outputs along a patch.
 const SCALE: usize = 4;
 
@@ -44,7 +47,8 @@ pub(crate) struct DptHead {
     device: Device,
 }
 
-/// What a pass takes its parameters from: a matrix of this shape, whose rows sum up so many terms.
+/// What a pass takes its parameters from: a matrix of this shape, with which so many terms are summed up. One over their
+/// square root is the standard deviation of its initial values.
 type Next<'a> = dyn FnMut([usize; 2], usize) -> Tensor<2> + 'a;
 
 impl DptHead {
@@ -54,7 +58,7 @@ impl DptHead {
         let mut parameters = Vec::new();
         // A pass over two by two patches asks for each parameter once. Biases, which sum up nothing, begin at zero.
         let mut next = |shape: [usize; 2], terms: usize| {
-            let scale = if terms == 0 { 0.0 } else { (2.0 / terms as f32).sqrt() };
+            let scale = if terms == 0 { 0.0 } else { (1.0 / terms as f32).sqrt() };
             let values = standard_normal(shape[0] * shape[1], &mut rng).into_iter().map(|v| scale * v).collect();
             parameters.push(Parameter::new(values, shape, device));
             parameters.last().expect("just pushed").value.clone()
@@ -196,8 +200,8 @@ impl DptHead {
         }
         let x = sum.expect("a block");
         let x = relu(convolved(x, FEATURES / 2, 3, 1, true, next));
-        let x = convolved(x, self.channels, 1, 1, true, next);
-        x.reshape([self.channels, SCALE * h * SCALE * w]).transpose()
+        let x = x.reshape([FEATURES / 2, SCALE * h * SCALE * w]).transpose();
+        x.matmul(next([FEATURES / 2, self.channels], SMALL * FEATURES / 2)) + next([1, self.channels], 0)
     }
 }
 
@@ -230,8 +234,11 @@ fn enlarged(x: Tensor<2>, (h, w): (usize, usize), scale: usize, channels: usize,
 /// `x + conv(relu(conv(relu(x))))`.
 fn residual(x: Tensor<4>, next: &mut Next<'_>) -> Tensor<4> {
     let channels = x.dims()[1];
-    let inner = convolved(relu(x.clone()), channels, 3, 1, true, next);
-    x + convolved(relu(inner), channels, 3, 1, true, next)
+    let inner = relu(convolved(relu(x.clone()), channels, 3, 1, true, next));
+    let terms = 9 * channels;
+    let weight = next([channels, terms], SMALL * terms).reshape([channels, channels, 3, 3]);
+    let bias = next([1, channels], 0).reshape([channels]);
+    x + conv2d(inner, weight, Some(bias), ConvOptions::new([1, 1], [1, 1], [1, 1], 1))
 }
 
 /// Bilinear, sampled at the middles of pixels.
@@ -301,11 +308,12 @@ mod tests {
                 head.parameters[number].value = matrix(values, shape, &device);
                 objective(&head)
             };
-            let step = 1e-3;
+            // Short, since few pixels may pass the bend of a ReLU on the way.
+            let step = 3e-4;
             let slope = (moved(step) - moved(-step)) / f64::from(2.0 * step);
             moved(0.0);
             let expected = f64::from(gradient[at]);
-            assert!((slope - expected).abs() < 2e-2 * expected.abs().max(1.0), "{number}: {slope} {expected}");
+            assert!((slope - expected).abs() < 3e-2 * expected.abs().max(1.0), "{number}: {slope} {expected}");
             seen += 1;
         }
         assert!(seen > 30, "{seen}");
@@ -363,7 +371,7 @@ mod tests {
             let scaled = |gradient: Vec<f32>| gradient.into_iter().map(|d| 2.0 * d / count).collect();
             Ok((value, gradients.into_iter().map(scaled).collect()))
         };
-        let config = HeadConfig { iterations: 60, batch_size: 2, learning_rate: 3e-3, ..HeadConfig::default() };
+        let config = HeadConfig { iterations: 80, batch_size: 2, learning_rate: 3e-3, ..HeadConfig::default() };
         let train = |config: &HeadConfig| {
             let mut losses = Vec::new();
             let tokens = (&scratch, &stored[..]);
@@ -371,7 +379,7 @@ mod tests {
                 .map(|head| (head, losses))
         };
         let (head, losses) = train(&config).unwrap();
-        assert!(losses[0] > 0.8 && losses[59] < 0.1, "{losses:?}");
+        assert!(losses[0] > 0.8 && losses[0] < 1.5 && losses[79] < 0.1, "{losses:?}");
         let (again, _) = train(&config).unwrap();
         assert_eq!(head.outputs(&all[0]).unwrap(), again.outputs(&all[0]).unwrap());
         let (other, _) = train(&HeadConfig { seed: 1, iterations: 1, ..config.clone() }).unwrap();

@@ -22,8 +22,8 @@ pub enum HeadKind {
 
 /// A head.
 pub(crate) enum Head {
-    Linear(LinearHead),
-    Dpt(Box<DptHead>),
+    Linear(Box<LinearHead>),
+    Dpt(DptHead),
 }
 
 impl Head {
@@ -42,17 +42,15 @@ impl Head {
     ) -> Result<Self, EvaluationError> {
         let device: &Device = encoder.device();
         match config.kind {
-            HeadKind::Linear => {
-                LinearHead::train(task, tokens, channels, config, device, loss, progress).map(Self::Linear)
-            }
+            HeadKind::Linear => LinearHead::train(task, tokens, channels, config, device, loss, progress)
+                .map(|head| Self::Linear(Box::new(head))),
             HeadKind::Dpt => {
                 let widths = encoder.widths();
                 if widths.len() != dpt::BLOCKS {
                     let value = format!("dpt with tokens of {} block(s)", widths.len());
                     return Err(EvaluationError::Setting { task, key: "head", value, expected: "given four blocks" });
                 }
-                let head = DptHead::train(task, tokens, (&widths, channels), config, device, loss, progress)?;
-                Ok(Self::Dpt(Box::new(head)))
+                DptHead::train(task, tokens, (&widths, channels), config, device, loss, progress).map(Self::Dpt)
             }
         }
     }
