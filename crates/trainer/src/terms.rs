@@ -69,10 +69,12 @@ pub(crate) fn student_losses(
             targets.clone(),
             config.student_temp,
             config.ignore_diagonal,
+            head.precision(),
         ));
         if let Some(crops) = config.local_crops(part) {
             let bottleneck = head.bottleneck(student.local_cls(tracked(crops), &draws[1]));
-            terms.dino_local = Some(dino::local(bottleneck, vectors, targets.clone(), config.student_temp));
+            terms.dino_local =
+                Some(dino::local(bottleneck, vectors, targets.clone(), config.student_temp, head.precision()));
         }
     }
     if let (Some(masks), Some(targets)) = (masks, &targets.patches) {
@@ -86,6 +88,7 @@ pub(crate) fn student_losses(
             masks.weights,
             crops,
             config.student_temp,
+            head.precision(),
         );
         terms.ibot = Some(loss);
     }

@@ -23,7 +23,7 @@ mod prototypes;
 mod residual;
 mod simd;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod update;
 
 pub(crate) use attention::{Attention, RotaryAttention};
