@@ -131,14 +131,14 @@ fn of_a_head_layers_and_plain_prototypes_are_rounded_and_directions_only_after_t
     for (norm, expected) in [(HeadNorm::None, 4), (HeadNorm::Weight, 3), (HeadNorm::WeightFixed, 3)] {
         let config = HeadConfig { prototypes: 11, bottleneck_dim: 6, hidden_dim: 10, norm, ..HeadConfig::default() };
         let head = disturbed(ProjectionHead::new(24, &config, &device, &mut stream(1, Purpose::Init, 0, 0)));
-        let logits = |head: &ProjectionHead| host(head.forward(noise([17, 24], 1)).flatten(0, 1));
+        let logits = |head: &ProjectionHead| host(head.forward(noise([300, 24], 1)).flatten(0, 1));
         assert_eq!(unaffected(&head, logits), BTreeSet::new());
         let half = head.with_precision(Precision::Bf16);
         let found = unaffected(&half, logits);
         assert_eq!(found, matrices(&half), "{norm:?}");
         assert_eq!(found.len(), expected);
         // The normalisation itself is in single precision: rows have length 1 to its rounding, not to 2⁻⁹.
-        let bottleneck = host(half.bottleneck(noise([17, 24], 1)).flatten(0, 1));
+        let bottleneck = host(half.bottleneck(noise([300, 24], 1)).flatten(0, 1));
         for row in bottleneck.chunks(6) {
             let length = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
             assert!((length - 1.0).abs() < 1e-6, "{length}");

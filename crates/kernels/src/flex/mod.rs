@@ -23,7 +23,7 @@ mod prototypes;
 mod residual;
 mod simd;
 #[cfg(test)]
-pub(crate) mod testing;
+mod testing;
 mod update;
 
 pub(crate) use attention::{Attention, RotaryAttention};
