@@ -9,7 +9,7 @@
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
-use dinoxide_kernels::{self as kernels, RopeTable, composed};
+use dinoxide_kernels::{self as kernels, Precision::Fp32, RopeTable, composed};
 
 const RUNS: usize = 9;
 
@@ -88,8 +88,8 @@ fn operations(shape: &Shape) -> Vec<Operation> {
         operations.push(Operation {
             name: format!("linear {input} -> {output}"),
             inputs: vec![[rows, input], [output, input], [1, output]],
-            fused: Box::new(|t| kernels::linear(t[0].clone(), t[1].clone(), Some(vector(&t[2])))),
-            composed: Box::new(|t| composed::linear(t[0].clone(), t[1].clone(), Some(vector(&t[2])))),
+            fused: Box::new(|t| kernels::linear(t[0].clone(), t[1].clone(), Some(vector(&t[2])), Fp32)),
+            composed: Box::new(|t| composed::linear(t[0].clone(), t[1].clone(), Some(vector(&t[2])), Fp32)),
             flops: Some(2 * rows * input * output),
         });
     }
@@ -120,9 +120,11 @@ fn operations(shape: &Shape) -> Vec<Operation> {
     operations.push(Operation {
         name: "self_attention".into(),
         inputs: vec![[rows, 3 * width], [tokens, head_dim], [tokens, head_dim]],
-        fused: Box::new(move |t| kernels::self_attention(packed(&t[0]), heads, Some(&table(t))).reshape([rows, width])),
+        fused: Box::new(move |t| {
+            kernels::self_attention(packed(&t[0]), heads, Some(&table(t)), Fp32).reshape([rows, width])
+        }),
         composed: Box::new(move |t| {
-            composed::self_attention(packed(&t[0]), heads, Some(&table(t))).reshape([rows, width])
+            composed::self_attention(packed(&t[0]), heads, Some(&table(t)), Fp32).reshape([rows, width])
         }),
         flops: Some(4 * rows * tokens * width),
     });

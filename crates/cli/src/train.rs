@@ -49,7 +49,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME", requires = "init", conflicts_with = "resume")]
     stage: Option<String>,
     /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `metal`. Too slow on `cpu`: a smaller `model.arch`, fewer
-    /// `augmentation.local_crops`, smaller crops
+    /// `augmentation.local_crops`, smaller crops; on a GPU: `--set train.precision=bf16`
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Images per step. Out of memory: lower it, or raise `efficiency.micro_batches`. Unstable or collapsing: a larger

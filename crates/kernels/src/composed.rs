@@ -2,11 +2,11 @@
 
 use burn::tensor::{Int, Tensor, activation, module, ops::ConvOptions};
 
-use crate::{AdamW, Branch, LEAST_MASS, RopeTable};
+use crate::{AdamW, Branch, LEAST_MASS, Precision, RopeTable, product};
 
 /// See [`crate::linear`].
-pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
-    let y = x.matmul(weight.transpose());
+pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, precision: Precision) -> Tensor<2> {
+    let y = product(x, weight.transpose(), precision);
     match bias {
         Some(bias) => y + bias.unsqueeze(),
         None => y,
@@ -42,10 +42,10 @@ pub fn depthwise_conv(x: Tensor<4>, weight: Tensor<4>, bias: Tensor<1>) -> Tenso
 }
 
 /// See [`crate::self_attention`].
-pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
+pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>, precision: Precision) -> Tensor<3> {
     let [batch, tokens, packed] = qkv.dims();
     let (q, k, v) = heads(qkv, num_heads, rope);
-    let out = probabilities(q, k).matmul(v);
+    let out = product(probabilities(q, k, precision), v, precision);
     out.permute([0, 2, 1, 3]).reshape([batch, tokens, packed / 3])
 }
 
@@ -54,10 +54,15 @@ pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>
 ///
 /// # Shapes
 /// `qkv [B, N, 3·D]` and `rope` as there → `[B, heads, N]`, rows sum to 1.
-pub fn first_token_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
+pub fn first_token_attention(
+    qkv: Tensor<3>,
+    num_heads: usize,
+    rope: Option<&RopeTable>,
+    precision: Precision,
+) -> Tensor<3> {
     let [batch, tokens, _] = qkv.dims();
     let (q, k, _) = heads(qkv, num_heads, rope);
-    probabilities(q.narrow(2, 0, 1), k).reshape([batch, num_heads, tokens])
+    probabilities(q.narrow(2, 0, 1), k, precision).reshape([batch, num_heads, tokens])
 }
 
 /// Queries, keys and values of each head, `[B, heads, N, d]`, the first two turned.
@@ -74,20 +79,20 @@ fn heads(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> (Tensor<
     }
 }
 
-fn probabilities(q: Tensor<4>, k: Tensor<4>) -> Tensor<4> {
+fn probabilities(q: Tensor<4>, k: Tensor<4>, precision: Precision) -> Tensor<4> {
     let head_dim = q.dims()[3];
-    activation::softmax(q.matmul(k.transpose()) / (head_dim as f64).sqrt(), 3)
+    activation::softmax(product(q, k.transpose(), precision) / (head_dim as f64).sqrt(), 3)
 }
 
 /// See [`crate::attention`].
 pub fn attention(x: Tensor<3>, branch: Branch, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
-    let Branch { norm, first, last, gamma, recompute: _ } = branch;
+    let Branch { norm, first, last, gamma, precision, recompute: _ } = branch;
     let [batch, tokens, width] = x.dims();
     let x = x.reshape([batch * tokens, width]);
     let normalized = layer_norm(x.clone(), norm.weight, norm.bias, norm.eps);
-    let qkv = linear(normalized, first.weight, first.bias).reshape([batch, tokens, 3 * width]);
-    let heads = self_attention(qkv, num_heads, rope).reshape([batch * tokens, width]);
-    residual(x, linear(heads, last.weight, last.bias), gamma).reshape([batch, tokens, width])
+    let qkv = linear(normalized, first.weight, first.bias, precision).reshape([batch, tokens, 3 * width]);
+    let heads = self_attention(qkv, num_heads, rope, precision).reshape([batch * tokens, width]);
+    residual(x, linear(heads, last.weight, last.bias, precision), gamma).reshape([batch, tokens, width])
 }
 
 /// See [`crate::selected_attention`].
@@ -106,10 +111,10 @@ pub fn selected_attention(
 
 /// See [`crate::feed_forward`].
 pub fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
-    let Branch { norm, first, last, gamma, recompute: _ } = branch;
+    let Branch { norm, first, last, gamma, precision, recompute: _ } = branch;
     let normalized = layer_norm(x.clone(), norm.weight, norm.bias, norm.eps);
-    let activated = gelu(linear(normalized, first.weight, first.bias));
-    residual(x, linear(activated, last.weight, last.bias), gamma)
+    let activated = gelu(linear(normalized, first.weight, first.bias, precision));
+    residual(x, linear(activated, last.weight, last.bias, precision), gamma)
 }
 
 /// `x·cos + rotate_half(x)·sin`, where `rotate_half([a, b]) = [−b, a]` on the two halves of a head.

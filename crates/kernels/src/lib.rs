@@ -6,13 +6,17 @@
 //!
 //! On burn's CPU backend `flex`, f32 tensors take the fused versions, on processors that have vector instructions with
 //! fused multiply-add (every x86-64 since AVX2, every 64-bit ARM). They equal the composed ones to rounding, give the same
-//! bits in every run, and do no work for the gradients of inputs that are not tracked. Everything else is composed.
+//! bits in every run, and do no work for the gradients of inputs that are not tracked. Everything else is composed: other
+//! backends and types, and products that are not of single [`Precision`].
 
 pub mod composed;
 mod flex;
+mod precision;
 
 use burn::backend::{Dispatch, DispatchTensor};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Device, Tensor};
+
+pub use precision::{Precision, product};
 
 use flex::{
     Attention, AttentionBranch, DepthwiseConv, FeedForward, FlexKernels, FlexPrototypes, FlexUpdates, Gelu, LayerNorm,
@@ -33,13 +37,18 @@ pub struct RopeTable {
     pub sin: Tensor<2>,
 }
 
+/// Whether an operation with products of this precision runs fused.
+fn fuses(device: &Device, dtype: DType, precision: Precision) -> bool {
+    precision == Precision::Fp32 && flex::supports(device, dtype)
+}
+
 /// `y = x·Wᵀ + b`, with the weight as PyTorch lays it out.
 ///
 /// # Shapes
 /// `x [M, in]`, `weight [out, in]`, `bias [out]` → `[M, out]`.
-pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
-    if !flex::supports(&x.device(), x.dtype()) {
-        return composed::linear(x, weight, bias);
+pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, precision: Precision) -> Tensor<2> {
+    if !fuses(&x.device(), x.dtype(), precision) {
+        return composed::linear(x, weight, bias, precision);
     }
     let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
     Tensor::from_dispatch(match bias {
@@ -103,9 +112,9 @@ pub fn depthwise_conv(x: Tensor<4>, weight: Tensor<4>, bias: Tensor<1>) -> Tenso
 /// # Shapes
 /// `qkv [B, N, 3·D]`, where the last axis is `q`, `k`, `v` in this order and head-major inside each → `[B, N, D]`, with
 /// `d = D / num_heads`. `rope` tables are `[N, d]`.
-pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
-    if !flex::supports(&qkv.device(), qkv.dtype()) {
-        return composed::self_attention(qkv, num_heads, rope);
+pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>, precision: Precision) -> Tensor<3> {
+    if !fuses(&qkv.device(), qkv.dtype(), precision) {
+        return composed::self_attention(qkv, num_heads, rope, precision);
     }
     let qkv = qkv.into_dispatch();
     Tensor::from_dispatch(match rope {
@@ -148,6 +157,8 @@ pub struct Branch {
     pub last: Projection,
     /// Its layer scale `[D]`; none is a scale of one.
     pub gamma: Option<Tensor<1>>,
+    /// Of its products.
+    pub precision: Precision,
     /// Whether the backward pass computes what lies between again instead of keeping it: less memory, more work, the same
     /// bits. Only fused branches do so.
     pub recompute: bool,
@@ -156,7 +167,7 @@ pub struct Branch {
 impl Branch {
     /// Its tensors in the order in which the fused operations take them, on rows of `width` features.
     fn into_dispatch(self, width: usize) -> [DispatchTensor; 7] {
-        let Self { norm, first, last, gamma, recompute: _ } = self;
+        let Self { norm, first, last, gamma, precision: _, recompute: _ } = self;
         let gamma = gamma.unwrap_or_else(|| Tensor::ones([width], &last.weight.device()));
         let bias = |layer: &Projection| {
             let out = layer.weight.dims()[0];
@@ -181,7 +192,7 @@ impl Branch {
 /// # Shapes
 /// `x [B, N, D]`, `first [3·D, D]` packed as in [`self_attention`], `last [D, D]` → `[B, N, D]`.
 pub fn attention(x: Tensor<3>, branch: Branch, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
-    if !flex::supports(&x.device(), x.dtype()) {
+    if !fuses(&x.device(), x.dtype(), branch.precision) {
         return composed::attention(x, branch, num_heads, rope);
     }
     let operation = AttentionBranch { num_heads, eps: branch.norm.eps, recompute: branch.recompute };
@@ -208,7 +219,7 @@ pub fn selected_attention(
     num_heads: usize,
     rope: Option<&RopeTable>,
 ) -> Tensor<2> {
-    if rows.is_empty() || !flex::supports(&x.device(), x.dtype()) {
+    if rows.is_empty() || !fuses(&x.device(), x.dtype(), branch.precision) {
         return composed::selected_attention(x, rows, branch, num_heads, rope);
     }
     let (eps, recompute) = (branch.norm.eps, branch.recompute);
@@ -230,7 +241,7 @@ pub fn selected_attention(
 /// # Shapes
 /// `x [M, D]`, `first [F, D]`, `last [D, F]` → `[M, D]`.
 pub fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
-    if !flex::supports(&x.device(), x.dtype()) {
+    if !fuses(&x.device(), x.dtype(), branch.precision) {
         return composed::feed_forward(x, branch);
     }
     let operation = FeedForward { eps: branch.norm.eps, recompute: branch.recompute };

@@ -1,6 +1,7 @@
 //! The DINO loss: a crop's CLS token should be assigned to prototypes as the teacher assigns another crop's (DINO eq. 3).
 
 use burn::tensor::{Tensor, s};
+use dinoxide_kernels::Precision;
 
 use crate::{
     Loss,
@@ -20,6 +21,7 @@ pub fn global(
     targets: Tensor<3>,
     temperature: f64,
     ignore_diagonal: bool,
+    precision: Precision,
 ) -> Loss {
     let [teacher_crops, batch, _] = targets.dims();
     let student_crops = bottleneck.dims()[0] / batch;
@@ -28,18 +30,24 @@ pub fn global(
     let groups: Vec<Targets> = (0..student_crops)
         .map(|s| summed(&targets, (0..teacher_crops).filter(|&t| !ignore_diagonal || t != s), pairs))
         .collect();
-    cross_entropy(bottleneck, vectors, &groups, temperature)
+    cross_entropy(bottleneck, vectors, &groups, temperature, precision)
 }
 
 /// Local crops against all of the teacher's global crops; a mean over (sample, local crop, teacher crop), in nats.
 ///
 /// # Shapes
 /// `bottleneck [L·B, b]` with crops outermost, `vectors [K, b]`, `targets [T, B, K]` plain.
-pub fn local(bottleneck: Tensor<2>, vectors: Tensor<2>, targets: Tensor<3>, temperature: f64) -> Loss {
+pub fn local(
+    bottleneck: Tensor<2>,
+    vectors: Tensor<2>,
+    targets: Tensor<3>,
+    temperature: f64,
+    precision: Precision,
+) -> Loss {
     let [teacher_crops, batch, _] = targets.dims();
     let crops = bottleneck.dims()[0] / batch;
     let group = summed(&targets, 0..teacher_crops, crops * teacher_crops);
-    cross_entropy(bottleneck, vectors, &vec![group; crops], temperature)
+    cross_entropy(bottleneck, vectors, &vec![group; crops], temperature, precision)
 }
 
 /// `Σ_t CE(T_t, s) = CE(Σ_t T_t, s)`: one pass over the student's logits serves all its teacher crops.
@@ -64,6 +72,7 @@ fn summed(targets: &Tensor<3>, teacher_crops: impl Iterator<Item = usize>, pairs
 mod tests {
     use super::*;
     use burn::tensor::Device;
+    use dinoxide_kernels::Precision::Fp32;
 
     /// With prototypes that are the unit vectors, the bottleneck is the logits.
     fn logits(rows: &[[f32; 2]]) -> (Tensor<2>, Tensor<2>) {
@@ -77,10 +86,10 @@ mod tests {
     fn two_crops_by_hand() {
         let targets = Tensor::<3>::from_data([[[0.9f32, 0.1]], [[0.6, 0.4]]], &Device::flex());
         let (x, w) = logits(&[[0.1, 0.0], [0.0, 0.05]]);
-        let value: f32 = global(x, w, targets.clone(), 0.1, true).value.into_scalar();
+        let value: f32 = global(x, w, targets.clone(), 0.1, true, Fp32).value.into_scalar();
         assert!((value - 0.818669).abs() < 1e-6, "{value}");
         let (x, w) = logits(&[[0.02, 0.01]]);
-        let value: f32 = local(x, w, targets, 0.1).value.into_scalar();
+        let value: f32 = local(x, w, targets, 0.1, Fp32).value.into_scalar();
         assert!((value - 0.669397).abs() < 1e-6, "{value}");
     }
 
@@ -92,7 +101,8 @@ mod tests {
         let x = Tensor::<2>::zeros([2 * batch, 4], &device);
         let w = Tensor::<2>::ones([prototypes, 4], &device);
         for ignore_diagonal in [false, true] {
-            let value: f32 = global(x.clone(), w.clone(), targets.clone(), 0.1, ignore_diagonal).value.into_scalar();
+            let value: f32 =
+                global(x.clone(), w.clone(), targets.clone(), 0.1, ignore_diagonal, Fp32).value.into_scalar();
             assert!((value - (prototypes as f32).ln()).abs() < 1e-5, "{value}");
         }
     }

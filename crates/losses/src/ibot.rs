@@ -1,6 +1,7 @@
 //! The iBOT loss: a masked patch should be assigned to prototypes as the teacher, who sees it, assigns it (iBOT eq. 2).
 
 use burn::tensor::Tensor;
+use dinoxide_kernels::Precision;
 
 use crate::{
     Loss,
@@ -20,7 +21,9 @@ pub fn masked_patches(
     weights: Tensor<1>,
     crops: usize,
     temperature: f64,
+    precision: Precision,
 ) -> Loss {
     let weights = weights / crops as f64;
-    cross_entropy(bottleneck, vectors, &[Targets { probabilities: targets, mass: 1.0, weights }], temperature)
+    let targets = [Targets { probabilities: targets, mass: 1.0, weights }];
+    cross_entropy(bottleneck, vectors, &targets, temperature, precision)
 }

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use burn::tensor::{Tensor, s};
 use dinoxide_kernels as kernels;
+use dinoxide_kernels::{Precision, product};
 
 use crate::{Loss, plain};
 
@@ -29,12 +30,19 @@ pub struct Targets {
 /// `Σ_i weight_i · −Σ_k target_ik · log softmax(x_i·Wᵀ / temperature)_k`.
 ///
 /// # Shapes
-/// `bottleneck [M, b]`, `vectors [K, b]`; the rows of `targets` in order are the rows of `bottleneck`.
+/// `bottleneck [M, b]`, `vectors [K, b]`; the rows of `targets` in order are the rows of `bottleneck`. `precision` is that
+/// of the logits and of the two products of their gradient.
 ///
 /// # Panics
 /// If the targets do not cover the rows exactly.
-pub fn cross_entropy(bottleneck: Tensor<2>, vectors: Tensor<2>, targets: &[Targets], temperature: f64) -> Loss {
-    cross_entropy_in_blocks(bottleneck, vectors, targets, temperature, BLOCK_ELEMENTS)
+pub fn cross_entropy(
+    bottleneck: Tensor<2>,
+    vectors: Tensor<2>,
+    targets: &[Targets],
+    temperature: f64,
+    precision: Precision,
+) -> Loss {
+    cross_entropy_in_blocks(bottleneck, vectors, targets, temperature, precision, BLOCK_ELEMENTS)
 }
 
 fn cross_entropy_in_blocks(
@@ -42,6 +50,7 @@ fn cross_entropy_in_blocks(
     vectors: Tensor<2>,
     targets: &[Targets],
     temperature: f64,
+    precision: Precision,
     block_elements: usize,
 ) -> Loss {
     let [rows, _] = bottleneck.dims();
@@ -60,7 +69,7 @@ fn cross_entropy_in_blocks(
         let count: usize = pieces.iter().map(|(_, rows)| rows.len()).sum();
         let x_block = x.clone().slice(s![first..first + count, ..]);
         first += count;
-        let mut logits = vec![kernels::linear(x_block.clone(), w.clone(), None)];
+        let mut logits = vec![kernels::linear(x_block.clone(), w.clone(), None, precision)];
         if pieces.len() > 1 {
             let sizes = pieces.iter().map(|(_, rows)| rows.len()).collect();
             logits = logits.remove(0).split_with_sizes(sizes, 0);
@@ -76,8 +85,8 @@ fn cross_entropy_in_blocks(
         }
         if tracked {
             let gradient = if gradients.len() == 1 { gradients.remove(0) } else { Tensor::cat(gradients, 0) };
-            x_gradients.push(gradient.clone().matmul(w.clone()));
-            let partial = gradient.transpose().matmul(x_block);
+            x_gradients.push(product(gradient.clone(), w.clone(), precision));
+            let partial = product(gradient.transpose(), x_block, precision);
             w_gradient = Some(match w_gradient {
                 Some(sum) => sum + partial,
                 None => partial,
@@ -127,26 +136,29 @@ mod tests {
         values.into_iter().map(f64::from).collect()
     }
 
-    /// The loss and its gradients by `x` and `w`, from the definition, in double precision.
+    /// The loss and its gradients by `x` and `w`, from the definition, in double precision; operands and results of products
+    /// go through `round`.
     fn slow(
         [m, k, b]: [usize; 3],
         [x, w, target, weights]: [&[f64]; 4],
         temperature: f64,
+        round: fn(f64) -> f64,
     ) -> (f64, Vec<f64>, Vec<f64>) {
-        let (mut value, mut gx, mut gw) = (0.0, vec![0.0; m * b], vec![0.0; k * b]);
+        let sum = |count: usize, operands: &dyn Fn(usize) -> (f64, f64)| {
+            round((0..count).map(operands).map(|(a, b)| round(a) * round(b)).sum())
+        };
+        let (mut value, mut gradient) = (0.0, vec![0.0; m * k]);
         for i in 0..m {
-            let logit = |j: usize| (0..b).map(|c| x[i * b + c] * w[j * b + c]).sum::<f64>() / temperature;
-            let sum: f64 = (0..k).map(|j| logit(j).exp()).sum();
+            let logit = |j: usize| sum(b, &|c| (x[i * b + c], w[j * b + c])) / temperature;
+            let total: f64 = (0..k).map(|j| logit(j).exp()).sum();
             let mass: f64 = (0..k).map(|j| target[i * k + j]).sum();
             for j in 0..k {
-                value -= weights[i] * target[i * k + j] * (logit(j) - sum.ln());
-                let gradient = weights[i] * (mass * logit(j).exp() / sum - target[i * k + j]) / temperature;
-                for c in 0..b {
-                    gx[i * b + c] += gradient * w[j * b + c];
-                    gw[j * b + c] += gradient * x[i * b + c];
-                }
+                value -= weights[i] * target[i * k + j] * (logit(j) - total.ln());
+                gradient[i * k + j] = weights[i] * (mass * logit(j).exp() / total - target[i * k + j]) / temperature;
             }
         }
+        let gx = (0..m * b).map(|at| sum(k, &|j| (gradient[at / b * k + j], w[j * b + at % b]))).collect();
+        let gw = (0..k * b).map(|at| sum(m, &|i| (gradient[i * k + at / b], x[i * b + at % b]))).collect();
         (value, gx, gw)
     }
 
@@ -169,7 +181,7 @@ mod tests {
             let target = activation::softmax(noise::<2>([m, k], 4 * seed + 2, &plain_device) * 3.0, 1) * 2.0;
             let weights: Tensor<1> = noise([m], 4 * seed + 3, &plain_device) + 1.0;
             let inputs = [&doubles(&x)[..], &doubles(&w), &doubles(&target), &doubles(&weights)];
-            let (expected, gx, gw) = slow([m, k, b], inputs, 0.1);
+            let (expected, gx, gw) = slow([m, k, b], inputs, 0.1, |v| v);
 
             let halves = [0..3, 3..m].map(|rows| Targets {
                 probabilities: target.clone().slice(s![rows.clone(), ..]),
@@ -178,7 +190,7 @@ mod tests {
             });
             // A row; pieces of one and of both groups; all.
             for block_elements in [1, 2 * k, 5 * k, 1000] {
-                let loss = cross_entropy_in_blocks(x.clone(), w.clone(), &halves, 0.1, block_elements);
+                let loss = cross_entropy_in_blocks(x.clone(), w.clone(), &halves, 0.1, Precision::Fp32, block_elements);
                 let value = doubles(&loss.value)[0];
                 assert!((value - expected).abs() < 2e-6 * expected.abs(), "{value} is not {expected}");
                 let grads = loss.graph.backward();
@@ -195,5 +207,42 @@ mod tests {
             }
         }
         assert_eq!(cases, 20 * 4 * (m + k) * b);
+    }
+
+    /// To bfloat16, to the nearest and of two as near to the even one, by its bits.
+    fn rounded(x: f64) -> f64 {
+        let bits = (x as f32).to_bits();
+        f64::from(f32::from_bits((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff_0000))
+    }
+
+    #[test]
+    fn in_bfloat16_it_equals_the_definition_with_rounded_products() {
+        let (device, plain_device) = (Device::flex().autodiff(), Device::flex());
+        let (m, k, b) = (19, 31, 12);
+        let x: Tensor<2> = noise([m, b], 1, &device).require_grad();
+        let w: Tensor<2> = noise([k, b], 2, &device).require_grad();
+        let target = activation::softmax(noise::<2>([m, k], 3, &plain_device) * 3.0, 1) * 2.0;
+        let weights: Tensor<1> = noise([m], 4, &plain_device) + 1.0;
+        let inputs = [&doubles(&x)[..], &doubles(&w), &doubles(&target), &doubles(&weights)];
+        let targets = [Targets { probabilities: target, mass: 2.0, weights }];
+        let of = |precision| {
+            let loss = cross_entropy(x.clone(), w.clone(), &targets, 0.5, precision);
+            let grads = loss.graph.backward();
+            let [gx, gw] = [&x, &w].map(|input| doubles(&input.grad(&grads).expect("gradient")));
+            (doubles(&loss.value)[0], gx, gw)
+        };
+        let ((value, gx, gw), single) = (of(Precision::Bf16), of(Precision::Fp32));
+        let (expected, slow_gx, slow_gw) = slow([m, k, b], inputs, 0.5, rounded);
+        assert!((value - expected).abs() < 2e-6 * expected.abs(), "{value} is not {expected}");
+        for (ours, single, theirs) in [(gx, single.1, slow_gx), (gw, single.2, slow_gw)] {
+            let largest = theirs.iter().fold(0.0f64, |most, v| most.max(v.abs()));
+            let off =
+                |found: &[f64]| found.iter().zip(&theirs).map(|(a, e)| (a - e).abs() / largest).collect::<Vec<_>>();
+            let many = |found: &[f64]| off(found).iter().filter(|off| **off > 1e-5).count();
+            // A sum in another order may fall on the other side between two numbers of bfloat16.
+            assert!(off(&ours).iter().all(|off| *off < 1.0 / 128.0), "{:?}", off(&ours));
+            assert!(20 * many(&ours) < ours.len(), "{} of {} are not equal", many(&ours), ours.len());
+            assert!(2 * many(&single) > single.len(), "{} of {} are not rounded", many(&single), single.len());
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Every loss beside its definition: loops in double precision, and slopes of those loops by finite differences.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use dinoxide_kernels::Precision::Fp32;
 use dinoxide_losses::gram::{Negatives, gram};
 use dinoxide_losses::koleo::{koleo, koleo_in_groups};
 use dinoxide_losses::sinkhorn::sinkhorn_knopp;
@@ -127,8 +128,8 @@ fn dino_equals_loops_over_samples_and_pairs_of_crops() {
         };
         let what = format!("{students} student crops, {teachers} teacher crops, {ignore_diagonal:?}");
         let loss = |x, w| match ignore_diagonal {
-            Some(ignore) => dino::global(x, w, given.clone(), TEMPERATURE, ignore),
-            None => dino::local(x, w, given.clone(), TEMPERATURE),
+            Some(ignore) => dino::global(x, w, given.clone(), TEMPERATURE, ignore, Fp32),
+            None => dino::local(x, w, given.clone(), TEMPERATURE, Fp32),
         };
         compare(&what, [students * batch, width, prototypes], loss, objective);
         cases += 1;
@@ -161,7 +162,7 @@ fn ibot_equals_loops_over_crops_and_their_masked_patches() {
     let loss = |x, w| {
         let device = Device::flex();
         let (targets, weights) = (tensor(&targets, [rows, prototypes], &device), tensor(&weights, [rows], &device));
-        ibot::masked_patches(x, w, targets, weights, masked.len(), TEMPERATURE)
+        ibot::masked_patches(x, w, targets, weights, masked.len(), TEMPERATURE, Fp32)
     };
     compare("iBOT", [rows, width, prototypes], loss, objective);
 }
@@ -340,8 +341,8 @@ fn another_order_of_the_samples_gives_the_same_losses_and_reordered_targets_and_
     let w = tensor(&numbers(prototypes * width, 11), [prototypes, width], &device);
     let targets = targets.unsqueeze::<3>().repeat_dim(0, crops);
     let losses: [&dyn Fn(Tensor<2>, Tensor<3>) -> Loss; 3] = [
-        &|x, targets| dino::global(x, Tensor::from_inner(w.clone()), targets, 0.1, true),
-        &|x, targets| dino::local(x, Tensor::from_inner(w.clone()), targets, 0.1),
+        &|x, targets| dino::global(x, Tensor::from_inner(w.clone()), targets, 0.1, true, Fp32),
+        &|x, targets| dino::local(x, Tensor::from_inner(w.clone()), targets, 0.1, Fp32),
         &|x, _| koleo_in_groups(x, 2, batch),
     ];
     for (i, loss) in losses.into_iter().enumerate() {

@@ -4,6 +4,7 @@ use std::fmt::{self, Display, Formatter};
 
 use burn::module::Module;
 use burn::tensor::{Bool, Device, Tensor};
+use dinoxide_kernels::Precision;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -145,6 +146,15 @@ impl Backbone {
     pub fn recomputing(mut self, recompute: bool) -> Self {
         if let Self::Vit(vit) = &mut self {
             vit.blocks.iter_mut().for_each(|block| block.recompute = recompute);
+        }
+        self
+    }
+
+    /// The same with its products in this precision. A new or loaded backbone has single precision.
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        match &mut self {
+            Self::Vit(vit) => vit.set_precision(precision),
+            Self::ConvNext(convnext) => convnext.set_precision(precision),
         }
         self
     }

@@ -9,6 +9,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, s};
 use dinoxide_kernels as kernels;
+use dinoxide_kernels::Precision;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -105,11 +106,15 @@ pub struct Convolution {
     pub weight: Param<Tensor<4>>,
     /// `[D]`.
     pub bias: Param<Tensor<1>>,
+    /// Of its product; a depthwise one is no product.
+    #[module(skip)]
+    precision: Precision,
 }
 
 impl Convolution {
     fn new(shape: [usize; 4], init: &mut Init<impl Rng>) -> Self {
-        Self { weight: init.normal(shape, 0.02), bias: init.constant([shape[0]], 0.0) }
+        let (weight, bias) = (init.normal(shape, 0.02), init.constant([shape[0]], 0.0));
+        Self { weight, bias, precision: Precision::Fp32 }
     }
 
     /// With a stride equal to its kernel: `[B, H, W, C]` → `[B, H/k, W/k, D]`, rounded down.
@@ -124,7 +129,8 @@ impl Convolution {
             .permute([0, 1, 3, 2, 4, 5])
             .reshape([batch * rows * columns, side * side * channels]);
         let weight = weight.permute([0, 2, 3, 1]).reshape([dim, side * side * channels]);
-        kernels::linear(unfolded, weight, Some(self.bias.val())).reshape([batch, rows, columns, dim])
+        let places = kernels::linear(unfolded, weight, Some(self.bias.val()), self.precision);
+        places.reshape([batch, rows, columns, dim])
     }
 }
 
@@ -218,6 +224,16 @@ impl ConvNext {
                 .collect(),
             norm: norm(dims[3], &mut init),
             config: config.clone(),
+        }
+    }
+
+    pub(crate) fn set_precision(&mut self, precision: Precision) {
+        let ((stem, _), second, third, fourth) = &mut self.downsample_layers;
+        let downsamples = [second, third, fourth].map(|(_, convolution)| convolution);
+        [stem].into_iter().chain(downsamples).for_each(|convolution| convolution.precision = precision);
+        for block in self.stages.iter_mut().flatten() {
+            block.pwconv1.precision = precision;
+            block.pwconv2.precision = precision;
         }
     }
 

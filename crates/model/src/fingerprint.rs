@@ -8,7 +8,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use crate::{Architecture, Backbone, parameters, weights::host};
+use crate::{Architecture, Backbone, Precision, parameters, weights::host};
 
 /// How far a statistic may be off, in standard deviations of the tokens that it is of.
 ///
@@ -107,7 +107,8 @@ fn statistics(backbone: &Backbone) -> Vec<f32> {
     let pixels: Vec<f32> =
         (0..(channels * height * width) as u64).map(|i| (hash(i) >> 40) as f32 / (1 << 22) as f32 - 2.0).collect();
     let image = Tensor::<4>::from_data(TensorData::new(pixels, [1, channels, height, width]), &device(backbone));
-    let features = backbone.forward(image, None);
+    // Whoever loads the weights computes in single precision.
+    let features = backbone.clone().with_precision(Precision::Fp32).forward(image, None);
     let (cls, patches) = (host(features.cls.flatten(0, 1)), host(features.patches.flatten(0, 2)));
     [cls, patches].iter().flat_map(|values| summary(values)).collect()
 }

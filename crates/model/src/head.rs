@@ -7,6 +7,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use dinoxide_kernels as kernels;
+use dinoxide_kernels::Precision;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -114,6 +115,8 @@ pub struct ProjectionHead {
     pub last_layer: Prototypes,
     /// iBOT's prototypes of patch tokens, where they are not those of CLS but the MLP is shared.
     pub last_layer2: Option<Prototypes>,
+    #[module(skip)]
+    precision: Precision,
 }
 
 impl ProjectionHead {
@@ -138,7 +141,20 @@ impl ProjectionHead {
             mlp,
             last_layer: Prototypes::new(config.prototypes, config, &mut init),
             last_layer2: config.patch_prototypes.map(|count| Prototypes::new(count, config, &mut init)),
+            precision: Precision::Fp32,
         }
+    }
+
+    /// The same with its products in this precision. A new head has single precision.
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.mlp.iter_mut().flatten().for_each(|linear| linear.precision = precision);
+        self.precision = precision;
+        self
+    }
+
+    /// In which precision bottlenecks are multiplied with prototypes.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The normalised bottleneck of tokens: `x [M, D]` → `[M, bottleneck]`, rows of length 1.
@@ -161,11 +177,11 @@ impl ProjectionHead {
 
     /// Logits of tokens: `x [M, D]` → `[M, K]`.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        kernels::linear(self.bottleneck(x), self.last_layer.vectors(), None)
+        kernels::linear(self.bottleneck(x), self.last_layer.vectors(), None, self.precision)
     }
 
     /// Logits of patch tokens: `x [M, D]` → `[M, K']`, with the [`patch_prototypes`](Self::patch_prototypes).
     pub fn forward_patches(&self, x: Tensor<2>) -> Tensor<2> {
-        kernels::linear(self.bottleneck(x), self.patch_prototypes().vectors(), None)
+        kernels::linear(self.bottleneck(x), self.patch_prototypes().vectors(), None, self.precision)
     }
 }

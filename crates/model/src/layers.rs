@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation};
 use dinoxide_kernels as kernels;
-use dinoxide_kernels::{Normalization, Projection, RopeTable};
+use dinoxide_kernels::{Normalization, Precision, Projection, RopeTable};
 use rand::Rng;
 
 use crate::{
@@ -19,16 +19,20 @@ pub struct Linear {
     pub weight: Param<Tensor<2>>,
     /// `[out]`.
     pub bias: Option<Param<Tensor<1>>>,
+    /// Of its product.
+    #[module(skip)]
+    pub(crate) precision: Precision,
 }
 
 impl Linear {
     pub(crate) fn new(input: usize, output: usize, bias: bool, init: &mut Init<impl Rng>) -> Self {
-        Self { weight: init.normal([output, input], 0.02), bias: bias.then(|| init.constant([output], 0.0)) }
+        let (weight, bias) = (init.normal([output, input], 0.02), bias.then(|| init.constant([output], 0.0)));
+        Self { weight, bias, precision: Precision::Fp32 }
     }
 
     /// `x [M, in]` → `[M, out]`.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        kernels::linear(x, self.weight.val(), self.bias.as_ref().map(Param::val))
+        kernels::linear(x, self.weight.val(), self.bias.as_ref().map(Param::val), self.precision)
     }
 
     fn projection(&self) -> Projection {
@@ -127,17 +131,18 @@ impl SelfAttention {
     /// `x [B, N, D]` → `[B, N, D]`.
     pub fn forward(&self, x: Tensor<3>, rope: Option<&RopeTable>) -> Tensor<3> {
         let qkv = self.packed(x);
-        on_rows(kernels::self_attention(qkv, self.num_heads, rope), |rows| self.proj.forward(rows))
+        let heads = kernels::self_attention(qkv, self.num_heads, rope, self.qkv.precision);
+        on_rows(heads, |rows| self.proj.forward(rows))
     }
 
     /// What the first token attends to, `x [B, N, D]` → `[B, heads, N]`.
     fn first_token_attention(&self, x: Tensor<3>, rope: Option<&RopeTable>) -> Tensor<3> {
-        kernels::composed::first_token_attention(self.packed(x), self.num_heads, rope)
+        kernels::composed::first_token_attention(self.packed(x), self.num_heads, rope, self.qkv.precision)
     }
 
     /// `[B, N, 3·D]`.
     fn packed(&self, x: Tensor<3>) -> Tensor<3> {
-        on_rows(x, |rows| kernels::linear(rows, self.qkv.weight.val(), self.qkv_bias()))
+        on_rows(x, |rows| kernels::linear(rows, self.qkv.weight.val(), self.qkv_bias(), self.qkv.precision))
     }
 
     /// The bias with its key third held at zero where the model asks for it; that third then has no gradient either.
@@ -260,6 +265,13 @@ impl Block {
         }
     }
 
+    /// Its linear layers, by which its attention goes too.
+    pub(crate) fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let Ffn { fc1, fc2, w12, w1, w2, w3 } = &mut self.mlp;
+        let ffn = [fc1, fc2, w12, w1, w2, w3].into_iter().flatten();
+        [&mut self.attn.qkv, &mut self.attn.proj].into_iter().chain(ffn)
+    }
+
     /// What the first token of `x [B, N, D]` attends to in this block, `[B, heads, N]`.
     pub(crate) fn first_token_attention(&self, x: Tensor<3>, rope: Option<&RopeTable>) -> Tensor<3> {
         self.attn.first_token_attention(self.norm1.forward_tokens(x), rope)
@@ -317,6 +329,7 @@ impl Block {
             first: Projection { weight: attn.qkv.weight.val(), bias: attn.qkv_bias() },
             last: attn.proj.projection(),
             gamma: self.ls1.as_ref().map(|scale| scale.gamma.val()),
+            precision: attn.qkv.precision,
             recompute: self.recompute,
         })
     }
@@ -327,7 +340,8 @@ impl Block {
         match (draw, self.norm2.normalization(), &self.mlp.fc1, &self.mlp.fc2) {
             (BranchDraw::Keep, Some(norm), Some(fc1), Some(fc2)) => {
                 let (first, last) = (fc1.projection(), fc2.projection());
-                let branch = kernels::Branch { norm, first, last, gamma, recompute: self.recompute };
+                let precision = fc1.precision;
+                let branch = kernels::Branch { norm, first, last, gamma, precision, recompute: self.recompute };
                 on_rows(x, |rows| kernels::feed_forward(rows, branch))
             }
             _ => branch(x, draw, gamma, |x| on_rows(x, |rows| self.mlp.forward(self.norm2.forward(rows)))),

@@ -24,6 +24,7 @@ pub use arch::{Arch, Sizes};
 pub use backbone::{Architecture, Backbone};
 pub use config::{ModelConfig, VitConfig};
 pub use convnext::{ConvNext, ConvNextBlock, ConvNextConfig, Convolution};
+pub use dinoxide_kernels::Precision;
 pub use draws::{BranchDraw, StochasticDraws};
 pub use fingerprint::{Fingerprint, Mismatch};
 pub use head::{HeadConfig, HeadNorm, ProjectionHead, Prototypes};

@@ -2,6 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use dinoxide_kernels::Precision;
 use rand::Rng;
 
 use crate::{init::Init, layers::Linear};
@@ -18,6 +19,13 @@ impl Projector {
     pub fn new(from: usize, to: usize, device: &Device, rng: &mut impl Rng) -> Self {
         let mut init = Init { rng, device };
         Self { cls: Linear::new(from, to, true, &mut init), patches: Linear::new(from, to, true, &mut init) }
+    }
+
+    /// The same with its products in this precision.
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.cls.precision = precision;
+        self.patches.precision = precision;
+        self
     }
 
     /// `[N, D]` → `[N, D']`.

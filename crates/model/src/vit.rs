@@ -6,6 +6,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Bool, Device, Tensor};
 use dinoxide_kernels as kernels;
+use dinoxide_kernels::Precision;
 use rand::Rng;
 
 use crate::{
@@ -34,6 +35,9 @@ pub struct PatchProjection {
     pub weight: Param<Tensor<4>>,
     /// `[D]`.
     pub bias: Param<Tensor<1>>,
+    /// Of its product.
+    #[module(skip)]
+    precision: Precision,
 }
 
 impl PatchEmbed {
@@ -48,7 +52,8 @@ impl PatchEmbed {
             .permute([0, 2, 4, 1, 3, 5])
             .reshape([batch * rows * columns, channels * patch * patch]);
         let weight = weight.reshape([dim, channels * patch * patch]);
-        kernels::linear(unfolded, weight, Some(self.proj.bias.val())).reshape([batch, rows * columns, dim])
+        let tokens = kernels::linear(unfolded, weight, Some(self.proj.bias.val()), self.proj.precision);
+        tokens.reshape([batch, rows * columns, dim])
     }
 }
 
@@ -143,6 +148,7 @@ impl Vit {
                 proj: PatchProjection {
                     weight: init.uniform([dim, config.in_channels, config.patch_size, config.patch_size], bound),
                     bias: init.uniform([dim], bound),
+                    precision: Precision::Fp32,
                 },
             },
             blocks: (0..config.depth).map(|_| Block::new(config, &mut init)).collect(),
@@ -152,6 +158,11 @@ impl Vit {
             rope: config.rope.clone().map(|rope| Rope::new(rope, config.head_dim())),
             config: config.clone(),
         }
+    }
+
+    pub(crate) fn set_precision(&mut self, precision: Precision) {
+        self.patch_embed.proj.precision = precision;
+        self.blocks.iter_mut().flat_map(Block::linears).for_each(|linear| linear.precision = precision);
     }
 
     /// What this backbone is.

@@ -18,8 +18,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_augmentation::{AugmentationConfig, Masks};
 use dinoxide_config::Resolved;
 use dinoxide_data::Source;
-use dinoxide_model::Architecture;
 use dinoxide_model::weights::{host, write_atomically};
+use dinoxide_model::{Architecture, Precision};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -30,6 +30,7 @@ use crate::error::TrainError;
 use crate::pretrained::{Pretrained, misfit};
 use crate::recipe::Recipe;
 use crate::samples::samples;
+use crate::start::check_device;
 use crate::targets::FrozenTeacher;
 
 /// Positions in one file.
@@ -48,6 +49,9 @@ struct Manifest {
     source: String,
     samples: usize,
     seed: u64,
+    /// What the backbone computed in.
+    #[serde(default)]
+    precision: Precision,
     /// How they are cropped; nothing about local crops, which a teacher does not see.
     crops: AugmentationConfig,
     /// Samples of the run.
@@ -81,6 +85,7 @@ impl Manifest {
             source: config.data.source.clone(),
             samples,
             seed: config.train.seed,
+            precision: config.train.precision,
             crops,
             positions: steps * config.train.batch_size as u64,
         })
@@ -162,6 +167,7 @@ pub fn write(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Written, TrainError> {
     let config = &recipe.value;
+    check_device(config, device)?;
     let source = config.data.open()?;
     let Some(teacher) = Pretrained::teacher(config, device)? else {
         return Err(TrainError::Recipe("`distillation.teacher` is empty: there is nothing to write a cache of".into()));
@@ -180,7 +186,7 @@ pub fn write(
     let shards = manifest.positions.div_ceil(SHARD);
     let of = |shard: u64| shard * SHARD..((shard + 1) * SHARD).min(manifest.positions);
     let mut written = Written { interrupted: false, positions: 0, bytes: 0 };
-    let frozen = teacher.frozen(true);
+    let frozen = teacher.frozen(true, config.train.precision);
     for shard in 0..shards {
         let path = shard_path(directory, shard);
         let positions = of(shard);

@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Bool, Device, Int, Tensor};
 use dinoxide_model::{
-    Architecture, Backbone, CropGroup, Features, HeadConfig, ProjectionHead, Projector, StochasticDraws,
+    Architecture, Backbone, CropGroup, Features, HeadConfig, Precision, ProjectionHead, Projector, StochasticDraws,
 };
 use rand::Rng;
 
@@ -38,6 +38,17 @@ impl Network {
             dino_head: ProjectionHead::new(dim, dino_head, device, rng),
             ibot_head: ibot_head.map(|head| ProjectionHead::new(dim, head, device, rng)),
             projector: None,
+        }
+    }
+
+    /// The same with all its products in this precision.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        let Self { backbone, dino_head, ibot_head, projector } = self;
+        Self {
+            backbone: backbone.with_precision(precision),
+            dino_head: dino_head.with_precision(precision),
+            ibot_head: ibot_head.map(|head| head.with_precision(precision)),
+            projector: projector.map(|projector| projector.with_precision(precision)),
         }
     }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_config::Resolved;
 use dinoxide_model::weights::Weight;
-use dinoxide_model::{Architecture, Backbone, ProjectionHead, VitConfig, parameters};
+use dinoxide_model::{Architecture, Backbone, Precision, ProjectionHead, VitConfig, parameters};
 use dinoxide_random::{Purpose, stream};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -84,12 +84,13 @@ impl Pretrained {
     }
 
     /// It as a frozen teacher, with its backbone or without.
-    pub(crate) fn frozen(&self, with_backbone: bool) -> FrozenTeacher {
+    pub(crate) fn frozen(&self, with_backbone: bool, precision: Precision) -> FrozenTeacher {
+        let head = |head: &Option<ProjectionHead>| head.clone().map(|head| head.with_precision(precision));
         FrozenTeacher {
             architecture: self.backbone.architecture(),
-            backbone: with_backbone.then(|| self.backbone.clone()),
-            dino_head: self.dino_head.clone(),
-            ibot_head: self.ibot_head.clone(),
+            backbone: with_backbone.then(|| self.backbone.clone().with_precision(precision)),
+            dino_head: head(&self.dino_head),
+            ibot_head: head(&self.ibot_head),
         }
     }
 

@@ -6,7 +6,7 @@
 
 use dinoxide_augmentation::{AugmentationConfig, MaskConfig, MaskStyle};
 use dinoxide_data::DataConfig;
-use dinoxide_model::{Architecture, HeadConfig, ModelConfig};
+use dinoxide_model::{Architecture, HeadConfig, ModelConfig, Precision};
 use serde::{Deserialize, Serialize};
 
 use crate::duration::Duration;
@@ -53,13 +53,24 @@ pub struct TrainConfig {
     pub batch_size: usize,
     /// Seed of every random draw.
     pub seed: u64,
+    /// In what matrix products are computed, in student and teachers: `"fp32"`, or `"bf16"`, which rounds their operands
+    /// and results to bfloat16; weights, sums, losses and the optimizer stay in single precision. Slow or out of memory on
+    /// a GPU: `"bf16"`. On the CPU it is slower, and only good for trying out what it does to a run. It is no part of
+    /// `[efficiency]` because it changes results by more than the order of sums.
+    pub precision: Precision,
     /// A head of their own for patch tokens (DINOv3, long recipes of DINOv2), configured by `[ibot_head]`.
     pub separate_ibot_head: bool,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
-        Self { length: Duration::Epochs(100.0), batch_size: 64, seed: 0, separate_ibot_head: true }
+        Self {
+            length: Duration::Epochs(100.0),
+            batch_size: 64,
+            seed: 0,
+            precision: Precision::Fp32,
+            separate_ibot_head: true,
+        }
     }
 }
 
@@ -193,6 +204,7 @@ impl Recipe {
         if let Architecture::ConvNext(_) = backbone {
             self.check_convnext()?;
         }
+        self.check_precision()?;
         self.check_losses()?;
         self.check_gram()?;
         self.check_distillation()?;
@@ -325,6 +337,17 @@ impl Recipe {
                 "`loss.features.relation_weight` compares all images of a batch, which `efficiency.micro_batches` \
                  divides\n\nhint: set `efficiency.micro_batches = 1`",
             );
+        }
+        Ok(())
+    }
+
+    fn check_precision(&self) -> Result<(), TrainError> {
+        if self.train.precision == Precision::Bf16 && self.efficiency.recompute {
+            return Err(TrainError::Recipe(
+                "`train.precision` is \"bf16\" and `efficiency.recompute` true: only blocks in single precision compute \
+                 their inside again\n\nhint: set `efficiency.recompute = false`, or `train.precision = \"fp32\"`"
+                    .into(),
+            ));
         }
         Ok(())
     }

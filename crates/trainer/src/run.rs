@@ -18,6 +18,7 @@ use burn::tensor::Device;
 use dinoxide_config::{Resolved, difference};
 use dinoxide_data::{Drawn, Rejected, Source};
 use dinoxide_evaluation::EvaluationError;
+use dinoxide_model::Precision;
 use dinoxide_model::weights::{Description, Provenance, Score, backbone_file, write_atomically};
 
 use crate::batch::Batch;
@@ -521,7 +522,9 @@ impl<'a> Run<'a> {
         let mut progress = |done| watch(Event::Evaluating { done, of });
         let since = Instant::now();
         let mut rejected = Vec::new();
-        let outcome = monitor.run(&self.state.teacher.backbone, self.device, &mut progress, &mut rejected);
+        // In single precision, as whoever loads the weights computes: the score is that of the file.
+        let backbone = self.state.teacher.backbone.clone().with_precision(Precision::Fp32);
+        let outcome = monitor.run(&backbone, self.device, &mut progress, &mut rejected);
         self.clock.elsewhere += since.elapsed().as_secs_f64();
         for image in &rejected {
             if self.progress.bad_eval_images.insert(image.id.clone()) {

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use burn::tensor::Device;
-use dinoxide_model::Projector;
+use burn::tensor::{Device, FloatDType};
+use dinoxide_model::{Precision, Projector};
 use dinoxide_random::{Purpose, stream};
 
 use crate::checkpoint;
@@ -32,6 +32,7 @@ pub(crate) fn initial(
     directory: &Path,
     device: &Device,
 ) -> Result<Initial, TrainError> {
+    check_device(config, device)?;
     let mut notes = Vec::new();
     let init = match config.init.from.as_str() {
         "" => None,
@@ -55,6 +56,7 @@ pub(crate) fn initial(
         notes.push(format!("student and teacher start from {}", init.from));
         notes.extend(kept);
     }
+    student = student.with_precision(config.train.precision);
     student.backbone = student.backbone.recomputing(config.efficiency.recompute);
     let mut state = TrainState::of(student, &config.optim, &config.loss, device);
     state.frozen = frozen;
@@ -78,7 +80,7 @@ pub(crate) fn initial(
             ));
         }
         notes.extend(read);
-        state.gram_teacher = Some(backbone);
+        state.gram_teacher = Some(backbone.with_precision(config.train.precision));
     }
     if !checkpoint::any(&directory.join("checkpoints"))? {
         if config.init.take == Take::State {
@@ -89,6 +91,18 @@ pub(crate) fn initial(
         }
     }
     Ok(Initial { state, plan, notes })
+}
+
+/// An error if the recipe's precision is none of the device's.
+pub(crate) fn check_device(config: &Recipe, device: &Device) -> Result<(), TrainError> {
+    match config.train.precision {
+        Precision::Bf16 if !device.supports_dtype(FloatDType::BF16) => Err(TrainError::Recipe(format!(
+            "`train.precision` is \"bf16\" and `run.device` \"{}\", which does not compute with bfloat16\n\nhint: set \
+             `train.precision = \"fp32\"`",
+            config.run.device
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// The teacher of a distillation, checked against the student.
@@ -152,5 +166,5 @@ fn frozen_teacher(
         }
     }
     notes.extend(teacher.notes.iter().cloned());
-    Ok(teacher.frozen(config.distillation.cache.is_empty()))
+    Ok(teacher.frozen(config.distillation.cache.is_empty(), config.train.precision))
 }

@@ -139,7 +139,8 @@ pub(crate) fn teacher_outputs(state: &TrainState, part: &Batch, config: &LossCon
     }
     let head = required(teacher.patch_head);
     let all_patches_mean = seen.patches.filter(|_| center_of_all).map(|patches| {
-        // Logits are linear in the bottleneck: the mean of the logits is the logits of the mean.
+        // Logits are linear in the bottleneck: the mean of the logits is the logits of the mean. In single precision,
+        // as all of centering.
         let bottleneck = head.bottleneck(rows(patches));
         bottleneck.mean_dim(0).matmul(head.patch_prototypes().vectors().transpose())
     });

@@ -94,6 +94,7 @@ fn global_losses(
             targets.clone(),
             config.student_temp,
             config.ignore_diagonal,
+            head.precision(),
         ));
     }
     if let (Some(masks), Some(targets)) = (masks, targets.patches.take()) {
@@ -107,6 +108,7 @@ fn global_losses(
             masks.weights,
             crops,
             config.student_temp,
+            head.precision(),
         );
         terms.ibot = Some(loss);
     }
@@ -129,7 +131,8 @@ fn local_losses(
     if let (Some(crops), Some(targets)) = (by.config.local_crops(part), targets.cls.take()) {
         let head = &student.dino_head;
         let bottleneck = head.bottleneck(student.cls(tracked(crops), None, CropGroup::Local, Some(draws)));
-        terms.dino_local = Some(dino::local(bottleneck, head.last_layer.vectors(), targets, by.config.student_temp));
+        let vectors = head.last_layer.vectors();
+        terms.dino_local = Some(dino::local(bottleneck, vectors, targets, by.config.student_temp, head.precision()));
     }
 }
 

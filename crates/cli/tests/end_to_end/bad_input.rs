@@ -95,6 +95,18 @@ fn sizes_that_do_not_fit_are_named_with_the_nearest_that_do() {
 }
 
 #[test]
+fn precisions_that_do_not_exist_are_named() {
+    let place = Workplace::new();
+    let parts = ["train.precision", "fp16", "fp32", "bf16"];
+    assert_refused(&place, &["--set", "train.precision='fp16'"], &parts);
+    let parts = [
+        "`train.precision` is \"bf16\" and `efficiency.recompute` true",
+        "hint: set `efficiency.recompute = false`, or `train.precision = \"fp32\"`",
+    ];
+    assert_refused(&place, &["--set", "train.precision='bf16'", "--set", "efficiency.recompute=true"], &parts);
+}
+
+#[test]
 fn koleo_on_a_single_image_is_refused_with_a_hint() {
     let place = Workplace::new();
     let parts =

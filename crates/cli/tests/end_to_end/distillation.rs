@@ -150,8 +150,9 @@ fn a_student_learns_from_the_cache_what_it_learns_from_the_teacher() {
 
     place.train("other", &["--set", "model.embed_dim=48", "--set", "model.num_heads=3", "--seed", "5"]).succeeded();
     let with_cache = ["--set", "distillation.cache='tokens'"];
-    let cases: [(&[&str], &[&str]); 6] = [
+    let cases: [(&[&str], &[&str]); 7] = [
         (&["--seed", "3"], &["`distillation.cache`: tokens was made of something else", "`seed` is 0 in the cache, 3"]),
+        (&["--set", "train.precision='bf16'"], &["`precision` is \"fp32\" in the cache, \"bf16\" in the run"]),
         (&["--set", "augmentation.hue=0.3"], &["`crops.hue` is 0.1 in the cache, 0.3 in the run"]),
         (&["--set", "train.length='90 steps'"], &["`positions` is 320 in the cache, 360 in the run"]),
         (&["--set", "distillation.teacher='other'"], &["`teacher_crc32` is "]),
@@ -162,7 +163,7 @@ fn a_student_learns_from_the_cache_what_it_learns_from_the_teacher() {
         student("run", &[&with_cache[..], args].concat()).failed(2, parts);
         assert!(!place.path("run").exists(), "{args:?}");
     }
-    assert_eq!(cases.len(), 6);
+    assert_eq!(cases.len(), 7);
     cache("tokens", &[&long[..], &["--set", "train.seed=9"]].concat()).failed(2, &["`seed` is 0 in the cache, 9"]);
 }
 

@@ -86,6 +86,35 @@ fn a_run_killed_five_times_equals_an_uninterrupted_one() {
 }
 
 #[test]
+fn a_run_in_bfloat16_that_was_killed_equals_an_uninterrupted_one_and_no_run_in_single_precision() {
+    let place = Workplace::new();
+    let half = [&LONG[..], &["--set", "train.precision='bf16'"]].concat();
+    place.train("single", &LONG).succeeded();
+    place.train("straight", &half).succeeded();
+    let start = [&["train", "--config", "tiny.toml", "--run", "killed"], &half[..]].concat();
+    for lines in [60, 250] {
+        let mut child = spawn(&place, &start);
+        wait_for_lines(&place, "killed", &mut child, lines);
+        assert!(!kill(child).success(), "the run was not killed");
+    }
+    place.run(&["train", "--resume", "killed"]).succeeded();
+    assert_same_run(&place, "straight", "killed");
+
+    let (single, half) = (place.metrics("single"), place.metrics("straight"));
+    let losses = |metrics: &[Value]| -> Vec<f64> {
+        let steps = metrics.iter().filter(|line| line["kind"] == "step");
+        steps.map(|line| line["losses"]["total"].as_f64().expect("a loss")).collect()
+    };
+    let (of_single, of_half) = (losses(&single), losses(&half));
+    assert_eq!(of_single.len(), 240);
+    assert!(of_single.iter().zip(&of_half).all(|(a, b)| a != b), "a step does not depend on the precision");
+    // Before the first step the weights are the same, and whatever they are trained in they are evaluated in the same way.
+    let first = |metrics: &[Value]| metrics.iter().find(|line| line["kind"] == "eval").expect("an evaluation").clone();
+    let (single, half) = (first(&single), first(&half));
+    assert_eq!((&single["knn"], &single["effective_rank"]), (&half["knn"], &half["effective_rank"]));
+}
+
+#[test]
 fn results_do_not_depend_on_the_number_of_loader_threads() {
     let place = Workplace::new();
     place.train("one", &["--loader-threads", "1"]).succeeded();
@@ -259,6 +288,8 @@ fn a_run_directory_belongs_to_its_configuration() {
     let failed = place.train("run", &["--seed", "5", "--set", "loss.koleo_weight=0.25"]);
     failed.failed(2, &["run: this run was started with another configuration", "`train.seed`: 0 and 5", "hint: "]);
     failed.failed(2, &["`loss.koleo_weight`: 0.1 and 0.25"]);
+    let failed = place.train("run", &["--set", "train.precision='bf16'"]);
+    failed.failed(2, &["another configuration", "`train.precision`: \"fp32\" and \"bf16\""]);
     assert_eq!(place.read("run/config.toml"), before);
     // How it is run is not what is run.
     place.train("run", &["--loader-threads", "1", "--set", "run.keep_checkpoints=5"]).succeeded();

@@ -196,6 +196,7 @@ mod tests {
     use burn::tensor::Tensor;
 
     use super::SCORES;
+    use crate::Precision::Fp32;
     use crate::flex::testing::{Case, assert_same, numbers, run};
     use crate::{RopeTable, composed, self_attention};
 
@@ -219,15 +220,15 @@ mod tests {
             let prefix = tokens.min(3) - 1;
             assert_same(
                 &case,
-                |t| self_attention(t.cube(0), heads, Some(&table(t.matrix(1), t.matrix(2), prefix))),
-                |t| composed::self_attention(t.cube(0), heads, Some(&table(t.matrix(1), t.matrix(2), prefix))),
+                |t| self_attention(t.cube(0), heads, Some(&table(t.matrix(1), t.matrix(2), prefix)), Fp32),
+                |t| composed::self_attention(t.cube(0), heads, Some(&table(t.matrix(1), t.matrix(2), prefix)), Fp32),
             );
         } else {
             let case = Case::new(&[packed], &[tracked]).scaled(2.0);
             assert_same(
                 &case,
-                |t| self_attention(t.cube(0), heads, None),
-                |t| composed::self_attention(t.cube(0), heads, None),
+                |t| self_attention(t.cube(0), heads, None, Fp32),
+                |t| composed::self_attention(t.cube(0), heads, None, Fp32),
             );
         }
     }
@@ -266,8 +267,8 @@ mod tests {
         let case = Case::new(&[&[12, 4, 3]], &[true]);
         assert_same(
             &case,
-            |t| self_attention(t.cube(0).permute([2, 1, 0]), 2, None),
-            |t| composed::self_attention(t.cube(0).permute([2, 1, 0]), 2, None),
+            |t| self_attention(t.cube(0).permute([2, 1, 0]), 2, None, Fp32),
+            |t| composed::self_attention(t.cube(0).permute([2, 1, 0]), 2, None, Fp32),
         );
     }
 
@@ -277,7 +278,7 @@ mod tests {
         let with = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
             // One thread takes whole images, four take heads.
-            pool.install(|| run(&case, |t| self_attention(t.cube(0), 3, None)))
+            pool.install(|| run(&case, |t| self_attention(t.cube(0), 3, None, Fp32)))
         };
         let bits = |r: Vec<Vec<f32>>| r.into_iter().flatten().map(f32::to_bits).collect::<Vec<_>>();
         assert_eq!(bits(with(1)), bits(with(4)));
@@ -287,10 +288,10 @@ mod tests {
     fn large_scores_do_not_overflow_and_not_a_number_is_not_hidden() {
         let device = burn::tensor::Device::flex();
         let equal = Tensor::<3>::ones([1, 3, 6], &device) * 1e4;
-        let y = self_attention(equal, 1, None).to_data().try_to_vec::<f32>().expect("f32");
+        let y = self_attention(equal, 1, None, Fp32).to_data().try_to_vec::<f32>().expect("f32");
         assert_eq!(y, [1e4; 6]);
         let broken = Tensor::<3>::ones([1, 3, 6], &device) * f32::NAN;
-        let y = self_attention(broken, 1, None).to_data().try_to_vec::<f32>().expect("f32");
+        let y = self_attention(broken, 1, None, Fp32).to_data().try_to_vec::<f32>().expect("f32");
         assert!(y.iter().all(|v| v.is_nan()));
     }
 
@@ -339,8 +340,9 @@ mod tests {
         let packed = 3 * heads * head_dim;
         let rows: &[usize] = &[tokens, head_dim];
         let case = Case::new(&[&[1, tokens, packed], rows, rows], &[true, false, false]);
-        let results =
-            run(&case, |t| self_attention(t.cube(0), heads, Some(&RopeTable { cos: t.matrix(1), sin: t.matrix(2) })));
+        let results = run(&case, |t| {
+            self_attention(t.cube(0), heads, Some(&RopeTable { cos: t.matrix(1), sin: t.matrix(2) }), Fp32)
+        });
         let double = |seed: u64, len: usize| numbers(len, seed).into_iter().map(f64::from).collect::<Vec<_>>();
         let mut qkv = double(1, tokens * packed);
         let (cos, sin) = (double(2, tokens * head_dim), double(3, tokens * head_dim));

@@ -163,6 +163,7 @@ fn rotation(tables: &Option<[FlexTensor; 2]>, sizes: Sizes) -> Option<Rotation<'
 mod tests {
     use burn::tensor::Tensor;
 
+    use crate::Precision::Fp32;
     use crate::flex::testing::{Case, Inputs, assert_same, run};
     use crate::{Branch, Normalization, Projection, RopeTable, attention, composed};
 
@@ -184,6 +185,7 @@ mod tests {
             first: Projection { weight: t.matrix(3), bias: parts.bias.then(|| t.vector(4)) },
             last: Projection { weight: t.matrix(5), bias: parts.bias.then(|| t.vector(6)) },
             gamma: parts.gamma.then(|| t.vector(7)),
+            precision: Fp32,
             recompute: parts.recompute,
         };
         let rope = RopeTable { cos: t.matrix(8), sin: t.matrix(9) };

@@ -149,6 +149,7 @@ fn gelu_backward(hidden: &mut [f32], grad: &mut [f32], inner: usize) -> Vec<f32>
 mod tests {
     use burn::tensor::Tensor;
 
+    use crate::Precision::Fp32;
     use crate::flex::testing::{Case, Inputs, assert_same, run};
     use crate::{Branch, Normalization, Projection, composed, feed_forward};
 
@@ -160,6 +161,7 @@ mod tests {
             first: Projection { weight: t.matrix(3), bias: bias.then(|| t.vector(4)) },
             last: Projection { weight: t.matrix(5), bias: bias.then(|| t.vector(6)) },
             gamma: gamma.then(|| t.vector(7)),
+            precision: Fp32,
             recompute: false,
         }
     }

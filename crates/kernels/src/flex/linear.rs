@@ -105,6 +105,7 @@ pub(super) fn column_sums(g: &[f32], rows: usize, out: usize) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
+    use crate::Precision::Fp32;
     use crate::flex::testing::{Case, assert_same};
     use crate::{composed, linear};
 
@@ -118,8 +119,8 @@ mod tests {
                 let case = Case::new(&[&[rows, inner], &[out, inner], &[out]], &tracked);
                 assert_same(
                     &case,
-                    |t| linear(t.matrix(0), t.matrix(1), Some(t.vector(2))),
-                    |t| composed::linear(t.matrix(0), t.matrix(1), Some(t.vector(2))),
+                    |t| linear(t.matrix(0), t.matrix(1), Some(t.vector(2)), Fp32),
+                    |t| composed::linear(t.matrix(0), t.matrix(1), Some(t.vector(2)), Fp32),
                 );
                 cases += 1;
             }
@@ -127,8 +128,8 @@ mod tests {
                 let case = Case::new(&[&[rows, inner], &[out, inner]], &tracked);
                 assert_same(
                     &case,
-                    |t| linear(t.matrix(0), t.matrix(1), None),
-                    |t| composed::linear(t.matrix(0), t.matrix(1), None),
+                    |t| linear(t.matrix(0), t.matrix(1), None, Fp32),
+                    |t| composed::linear(t.matrix(0), t.matrix(1), None, Fp32),
                 );
                 cases += 1;
             }
@@ -141,8 +142,15 @@ mod tests {
         let case = Case::new(&[&[6, 9], &[6, 11], &[12]], &[true; 3]);
         assert_same(
             &case,
-            |t| linear(t.matrix(0).transpose(), t.matrix(1).transpose(), Some(t.vector(2).narrow(0, 1, 11))),
-            |t| composed::linear(t.matrix(0).transpose(), t.matrix(1).transpose(), Some(t.vector(2).narrow(0, 1, 11))),
+            |t| linear(t.matrix(0).transpose(), t.matrix(1).transpose(), Some(t.vector(2).narrow(0, 1, 11)), Fp32),
+            |t| {
+                composed::linear(
+                    t.matrix(0).transpose(),
+                    t.matrix(1).transpose(),
+                    Some(t.vector(2).narrow(0, 1, 11)),
+                    Fp32,
+                )
+            },
         );
     }
 }

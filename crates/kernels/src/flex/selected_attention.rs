@@ -218,7 +218,7 @@ mod tests {
     use burn::tensor::{Int, Tensor};
 
     use crate::flex::testing::{Case, Inputs, assert_same, run};
-    use crate::{Branch, Normalization, Projection, RopeTable, attention, composed, selected_attention};
+    use crate::{Branch, Normalization, Precision, Projection, RopeTable, attention, composed, selected_attention};
 
     fn branch(t: &Inputs, bias: bool, gamma: bool, recompute: bool) -> Branch {
         Branch {
@@ -226,6 +226,7 @@ mod tests {
             first: Projection { weight: t.matrix(3), bias: bias.then(|| t.vector(4)) },
             last: Projection { weight: t.matrix(5), bias: bias.then(|| t.vector(6)) },
             gamma: gamma.then(|| t.vector(7)),
+            precision: Precision::Fp32,
             recompute,
         }
     }

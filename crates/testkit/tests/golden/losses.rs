@@ -8,6 +8,7 @@ use dinoxide_losses::{
     koleo::{koleo, koleo_in_groups},
     sinkhorn::sinkhorn_knopp,
 };
+use dinoxide_model::Precision::Fp32;
 use dinoxide_testkit::{Array, Check};
 use serde_json::Value;
 
@@ -83,10 +84,10 @@ fn dino_v3(check: &mut Check, case: &str, hyper: &Value) {
     let vectors = unit_vectors(x.dims()[2]);
     let ignore = hyper["ignore_diagonal"].as_bool().expect("`ignore_diagonal`");
     let temperature = number(hyper, "student_temp");
-    let mut losses = vec![dino::global(flat(x.clone()), vectors.clone(), targets.clone(), temperature, ignore)];
+    let mut losses = vec![dino::global(flat(x.clone()), vectors.clone(), targets.clone(), temperature, ignore, Fp32)];
     if !ignore {
         // All pairs: the local loss is the same one.
-        losses.push(dino::local(flat(x.clone()), vectors, targets, temperature));
+        losses.push(dino::local(flat(x.clone()), vectors, targets, temperature, Fp32));
     }
     for loss in losses {
         compare(check, &loss, 1.0, &format!("{case}.out.loss"), &x, &format!("{case}.out.grad.student"));
@@ -103,13 +104,13 @@ fn dino_v2(check: &mut Check, case: &str, hyper: &Value) {
     let (global_pairs, local_pairs) = (crops * (crops - 1), local.dims()[0] / batch * crops);
     let pairs = (global_pairs + local_pairs) as f64;
 
-    let loss = dino::global(global.clone(), unit_vectors(prototypes), targets.clone(), temperature, true);
+    let loss = dino::global(global.clone(), unit_vectors(prototypes), targets.clone(), temperature, true, Fp32);
     compare(check, &loss, 1.0, &format!("{case}.out.loss_global"), &global, &format!("{case}.out.grad.global"));
     let scaled = loss.value.into_scalar::<f32>() * (global_pairs as f64 / pairs) as f32;
     check.scalar(&format!("{case}.out.loss_global_scaled"), scaled);
 
     // The reference sums over pairs where ours is a mean.
-    let loss = dino::local(local.clone(), unit_vectors(prototypes), targets, temperature);
+    let loss = dino::local(local.clone(), unit_vectors(prototypes), targets, temperature, Fp32);
     let (value, grad) = (format!("{case}.out.loss_local_sum"), format!("{case}.out.grad.local"));
     compare(check, &loss, local_pairs as f64, &value, &local, &grad);
     let scaled = loss.value.into_scalar::<f32>() * (local_pairs as f64 / pairs) as f32;
@@ -136,7 +137,8 @@ fn dino_v1(check: &mut Check, case: &str, hyper: &Value) {
         let targets = center.targets(logits.clone(), temperature).reshape([teacher_crops, batch, prototypes]);
         center.update(logits);
         // Global crops come first: a student's crop meets every teacher's crop but its own.
-        let loss = dino::global(x.clone(), unit_vectors(prototypes), targets, number(hyper, "student_temp"), true);
+        let loss =
+            dino::global(x.clone(), unit_vectors(prototypes), targets, number(hyper, "student_temp"), true, Fp32);
         let (value, grad) = (format!("{case}.out.loss.{step}"), format!("{case}.out.grad.student.{step}"));
         compare(check, &loss, 1.0, &value, &x, &grad);
         check.tensor(&format!("{case}.out.center.{step}"), &array(center.value.clone()));
@@ -176,7 +178,7 @@ fn ibot_v1(check: &mut Check, case: &str, hyper: &Value) {
         let targets = center.targets(teacher_cls.clone(), ibot_temperature(hyper, "", epoch));
         let targets = targets.reshape([teacher_crops, batch, prototypes]);
         let students = Tensor::cat(vec![cls.clone(), local.clone()], 0);
-        let cls_loss = dino::global(students, unit_vectors(prototypes), targets, temperature, true);
+        let cls_loss = dino::global(students, unit_vectors(prototypes), targets, temperature, true, Fp32);
 
         let masks = Array { shape: vec![crops_of_batch, patches_of_crop], values: masks.values };
         let all_patches = [crops_of_batch * patches_of_crop, patch_prototypes];
@@ -190,6 +192,7 @@ fn ibot_v1(check: &mut Check, case: &str, hyper: &Value) {
             weights,
             crops_of_batch,
             temperature,
+            Fp32,
         );
         center.update(teacher_cls);
         patch_center.update(teacher_patches);
@@ -238,7 +241,7 @@ fn ibot_masked(check: &mut Check, case: &str, hyper: &Value) {
         let x: Tensor<2> = student(check, &format!("{case}.in.student"));
         let targets = plain(check, &format!("{case}.in.teacher_probs"));
         let vectors = unit_vectors(x.dims()[1]);
-        let loss = ibot::masked_patches(x.clone(), vectors, targets, weights.clone(), crops, temperature);
+        let loss = ibot::masked_patches(x.clone(), vectors, targets, weights.clone(), crops, temperature, Fp32);
         let prefix = format!("{case}.out.{version}");
         compare(check, &loss, 1.0, &format!("{prefix}.loss"), &x, &format!("{prefix}.grad.student"));
         // The reference finds the same weights itself when it is given none.
@@ -248,7 +251,7 @@ fn ibot_masked(check: &mut Check, case: &str, hyper: &Value) {
     let targets: Tensor<3> = plain(check, &format!("{case}.in.teacher_full"));
     let vectors = unit_vectors(x.dims()[2]);
     let (x_rows, target_rows) = (selected(flat(x.clone()), &rows), selected(flat(targets), &rows));
-    let loss = ibot::masked_patches(x_rows, vectors, target_rows, weights, crops, temperature);
+    let loss = ibot::masked_patches(x_rows, vectors, target_rows, weights, crops, temperature, Fp32);
     let prefix = format!("{case}.out.full");
     compare(check, &loss, 1.0, &format!("{prefix}.loss"), &x, &format!("{prefix}.grad.student"));
 }
@@ -294,6 +297,7 @@ fn ibot_through_a_head(check: &mut Check, case: &str, hyper: &Value) {
         masks.shape[0],
         // The reference's constant.
         0.1,
+        Fp32,
     );
     check.scalar(&output("loss"), loss.value.into_scalar());
     let grads = loss.graph.backward();
