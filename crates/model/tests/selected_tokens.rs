@@ -92,11 +92,7 @@ fn compare(what: &str, config: &ModelConfig, group: CropGroup, patches: &[usize]
         } else {
             let all = backbone.forward_train(images.clone(), mask.clone(), group, &draws);
             let count = all.patches.dims()[1];
-            let found = if patches.is_empty() {
-                all.patches.clone().slice([0..0]).reshape([0, DIM])
-            } else {
-                chosen(all.patches)
-            };
+            let found = if patches.is_empty() { Tensor::zeros([0, DIM], &device) } else { chosen(all.patches) };
             assert!(patches.iter().all(|patch| *patch < BATCH * count));
             (all.cls, found)
         };
