@@ -121,7 +121,7 @@ class Vit(torch.nn.Module):
 
 
 def forward(args):
-    count, batch = 32, 16
+    count, batch = 16, 16
     torch.set_num_threads(2)
     model = Vit().eval()
     images = torch.randn(count, 3, 224, 224)
