@@ -305,7 +305,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (images, mut points) = moved(folder.path(), &[(0, 0), (2, 1), (1, 3), (0, 1)]);
         // Boxes, a point that only some images have, one that is off by a little, and an image with others altogether.
-        points[1].extent_px = Some(20.0);
+        points[1].extent_px = Some(0.5);
         points[0].named.remove("eye");
         points[2].named.insert("tail".into(), [18.5, 20.5]);
         points[3].named = BTreeMap::from([("wing".to_owned(), [3.0, 4.0])]);
@@ -325,7 +325,7 @@ mod tests {
         for s in 0..4 {
             for t in (0..4).filter(|t| *t != s) {
                 let names: Vec<&String> = points[s].named.keys().filter(|n| points[t].named.contains_key(*n)).collect();
-                let limit = 0.1 * if t == 1 { 20.0 } else { 32.0 };
+                let limit = 0.1 * if t == 1 { 0.5 } else { 32.0 };
                 let near = names.iter().filter(|name| {
                     let [x, y] = arrival(&seen[s], points[s].named[**name], &seen[t], &how);
                     let [a, b] = points[t].named[**name];
@@ -348,6 +348,9 @@ mod tests {
         assert!((found.by_point[0] - 100.0 * hits as f64 / all as f64).abs() < 1e-9);
         assert!(found.by_pair[1] <= found.by_pair[0] && found.by_pair[0] < 100.0);
         assert!((found.by_group[0].score - mean).abs() < 1e-4);
+        // Half a pixel is less than the soft argmax comes near.
+        points[1].extent_px = None;
+        assert!(score(&backbone, &*images, &points, &how).by_pair[0] > found.by_pair[0]);
     }
 
     #[test]
