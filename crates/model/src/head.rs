@@ -166,7 +166,8 @@ impl ProjectionHead {
                 None => kernels::gelu(y),
             };
         }
-        let length = y.clone().powi_scalar(2).sum_dim(1).sqrt().clamp_min(1e-12);
+        // Clamped before the root, whose slope at zero is infinite.
+        let length = y.clone().powi_scalar(2).sum_dim(1).clamp_min(1e-24).sqrt();
         y / length
     }
 
