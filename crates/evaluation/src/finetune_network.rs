@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData, activation::log_softmax};
-use dinoxide_kernels as kernels;
+use dinoxide_kernels::{self as kernels, Precision};
 use dinoxide_model::{Architecture, Backbone, CropGroup, RopeDraw, StochasticDraws, parameters, weights::host};
 use dinoxide_optimizer::{Gradients, Group, Moments, Update, accumulate, group};
 use dinoxide_random::{Purpose, stream};
@@ -71,7 +71,7 @@ impl Classifier {
         } else {
             cls
         };
-        kernels::linear(input, self.head.weight.val(), Some(self.head.bias.val()))
+        kernels::linear(input, self.head.weight.val(), Some(self.head.bias.val()), Precision::Fp32)
     }
 
     /// Class scores of random crops under given draws.
@@ -80,7 +80,8 @@ impl Classifier {
             let found = self.backbone.forward_train(pixels, None, CropGroup::Global, draws);
             self.logits(found.cls, || found.patches)
         } else {
-            self.logits(self.backbone.cls_train(pixels, CropGroup::Global, draws), || unreachable!("CLS alone"))
+            let found = self.backbone.forward_selected(pixels, None, CropGroup::Global, Some(draws), &[]);
+            self.logits(found.cls, || unreachable!("CLS alone"))
         }
     }
 

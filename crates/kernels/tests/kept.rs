@@ -1,5 +1,7 @@
 //! What automatic differentiation keeps of a block's forward, composed as on a GPU, in single precision and in bfloat16.
 
+#![allow(clippy::print_stdout, reason = "the measured deviations are what a reader of the run looks for")]
+
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_kernels::{Branch, Normalization, Precision, Projection, RopeTable, composed};
 use peak_alloc::PeakAlloc;

@@ -105,7 +105,7 @@ fn in_every_backbone_matrices_are_rounded_and_nothing_else() {
         let images = noise([BATCH, 3, size, size], 1);
         let results = |backbone: &Backbone| {
             let global = backbone.forward_train(images.clone(), None, CropGroup::Global, &draws);
-            let cls = backbone.cls_train(images.clone(), CropGroup::Local, &draws);
+            let cls = backbone.forward_selected(images.clone(), None, CropGroup::Local, Some(&draws), &[]).cls;
             let plain = backbone.forward(images.clone(), None);
             assert_eq!(global.prenorm.dtype(), burn::tensor::DType::F32);
             let patches = [global.patches, plain.patches].map(|t| host(t.flatten(0, 2)));

@@ -160,7 +160,7 @@ pub fn forecast(recipe: &Recipe, trials: &[Trial], cores: usize) -> Result<Forec
     let peak_bytes =
         bytes(|trial| trial.step_peak_bytes).max(bytes(|trial| trial.peak_bytes)).max(checkpoint_bytes + features);
 
-    let due = |every: u64| if every == 0 { 0 } else { (plan.steps - 1) / every };
+    let due = |every: u64| (plan.steps - 1).checked_div(every).unwrap_or(0);
     let checkpoints = due(plan.checkpoint_every) + 1;
     let checkpoints_kept = checkpoints.min(recipe.run.keep_checkpoints as u64);
     let evaluations = if evaluated == 0 { 0 } else { due(plan.eval_every) + 2 };

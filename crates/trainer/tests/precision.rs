@@ -1,5 +1,7 @@
 //! Training in bfloat16 beside training in single precision: how far losses and weights are apart after fifty steps.
 
+#![allow(clippy::print_stdout, reason = "the measured deviations are what a reader of the run looks for")]
+
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use dinoxide_augmentation::{MaskConfig, batch_masks};

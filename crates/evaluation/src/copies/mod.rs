@@ -212,10 +212,10 @@ mod tests {
                 .map(|row| (cosine(gallery.row(row), copies.features.row(query)), copies.originals[query] == Some(row)))
                 .collect();
             own.sort_by(|a, b| b.0.total_cmp(&a.0));
-            if let Some(rank) = own.iter().position(|(_, is)| *is) {
-                if kind.is_none_or(|kind| copies.kind[query] == kind) {
-                    precisions.push(100.0 / (rank + 1) as f64);
-                }
+            if let Some(rank) = own.iter().position(|(_, is)| *is)
+                && kind.is_none_or(|kind| copies.kind[query] == kind)
+            {
+                precisions.push(100.0 / (rank + 1) as f64);
             }
             all.extend(own);
         }
