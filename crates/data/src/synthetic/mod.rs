@@ -2,8 +2,8 @@
 //!
 //! It is there so that everything can be tried, tested and measured without a download. Twelve classes are told apart by
 //! the shape of an object and the pattern on it; colours, position, size, rotation, light, background and noise are drawn
-//! at random for each image and say nothing about the class. So colour and layout, which raw pixels are mostly made of, do
-//! not help, and features that survive cropping, flipping, blurring and colour jitter do.
+//! at random for each image and say nothing about the class. Features that survive cropping, flipping, blurring and colour
+//! jitter tell the classes apart; colour does not, and raw pixels do in part, by outlines and patterns.
 
 mod pattern;
 mod scene;
