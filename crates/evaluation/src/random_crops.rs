@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn every_image_is_looked_at_once() {
-        let source = open("synthetic:images=300,size=8", &DecodeLimits::default()).unwrap();
+        let source = open("synthetic:images=300,size=16", &DecodeLimits::default()).unwrap();
         let mut seen = Vec::new();
         let (indices, rejected) = readable(&*source, &mut |done| seen.push(done)).unwrap();
         assert_eq!((indices, rejected.len(), seen), ((0..300).collect(), 0, vec![256, 300]));

@@ -128,7 +128,10 @@ pub(crate) fn teacher_outputs(state: &TrainState, part: &Batch, config: &LossCon
         }
         None => {
             let backbone = teacher.backbone.expect("a teacher in memory, or its tokens in the batch");
-            let wanted = guides_by_patches(state, config) || (config.ibot_weight > 0.0 && center_of_all);
+            // Of a frozen teacher all tokens, so that they are, to the bit, those that several students share.
+            let wanted = state.frozen.is_some()
+                || guides_by_patches(state, config)
+                || (config.ibot_weight > 0.0 && center_of_all);
             Seen::new(backbone, part.global.clone(), None, None, masked, wanted)
         }
     };
