@@ -128,10 +128,9 @@ pub(crate) fn teacher_outputs(state: &TrainState, part: &Batch, config: &LossCon
         }
         None => {
             let backbone = teacher.backbone.expect("a teacher in memory, or its tokens in the batch");
+            let gram = config.gram.weight > 0.0 && state.gram_teacher.is_none() && config.gram.teacher == EMA;
             // Of a frozen teacher all tokens, so that they are, to the bit, those that several students share.
-            let wanted = state.frozen.is_some()
-                || guides_by_patches(state, config)
-                || (config.ibot_weight > 0.0 && center_of_all);
+            let wanted = state.frozen.is_some() || gram || (config.ibot_weight > 0.0 && center_of_all);
             Seen::new(backbone, part.global.clone(), None, None, masked, wanted)
         }
     };
@@ -153,13 +152,6 @@ pub(crate) fn teacher_outputs(state: &TrainState, part: &Batch, config: &LossCon
 
 fn required(head: Option<&ProjectionHead>) -> &ProjectionHead {
     head.expect("the recipe was checked for heads")
-}
-
-/// Whether the student is compared with all patch tokens of the teacher: a frozen one's, or the running mean's in a Gram loss
-/// that has no teacher of its own.
-fn guides_by_patches(state: &TrainState, config: &LossConfig) -> bool {
-    let gram = config.gram.weight > 0.0 && state.gram_teacher.is_none() && config.gram.teacher == EMA;
-    gram || (state.frozen.is_some() && config.features.is_used())
 }
 
 /// Of what the teacher has `seen` in the global crops, and of the Gram teacher's tokens, those that a loss asks for.
