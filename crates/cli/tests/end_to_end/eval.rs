@@ -194,7 +194,7 @@ fn a_trained_backbone_goes_out_and_comes_back() {
     assert_eq!((&trained["fingerprint"], &trained["notes"]), (&"exact".into(), &serde_json::json!([])));
     let again = ["export", "--weights", "run/teacher.safetensors", "--format", "hf", "--output", "out"];
     place.run(&again).failed(2, &["out: a folder with something in it", "hint: give another `--output`"]);
-    // The quickstart's keys have a bias, which timm's DINOv3 models lack.
+    // The keys of this run's attention have a bias, which timm's DINOv3 models lack.
     let timm = ["export", "--weights", "run/teacher.safetensors", "--format", "timm", "--output", "out.timm"];
     place.run(&timm).failed(2, &["export to timm: its DINOv3 models have no bias of the keys, this model has one"]);
     assert!(!place.path("out.timm").exists());

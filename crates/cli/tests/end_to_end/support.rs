@@ -8,7 +8,7 @@ use image::{Rgb, RgbImage};
 use serde_json::Value;
 
 /// Ten steps of a backbone with one block, on synthetic images.
-const TINY: &str = r#"extends = "quickstart"
+const TINY: &str = r#"extends = "base/dinov3.toml"
 
 [data]
 source = "synthetic:images=48,size=16"
@@ -18,10 +18,16 @@ length = "10 steps"
 batch_size = 4
 
 [model]
+arch = "vit_tiny"
 embed_dim = 32
 depth = 1
 num_heads = 2
 patch_size = 4
+register_tokens = 0
+mask_k_bias = false
+rope_rescale = 1.0
+norm_eps = 1e-6
+layer_scale_init = 0.0
 
 [augmentation]
 global_crop_size = 16
@@ -32,18 +38,24 @@ local_crop_size = 8
 prototypes = 16
 bottleneck_dim = 8
 hidden_dim = 16
+norm = "weight_fixed"
 
 [ibot_head]
 prototypes = 16
 bottleneck_dim = 8
 hidden_dim = 16
 
-[loss]
-ibot_weight = 1.0
+[optim]
+layerwise_decay = 1.0
+patch_embed_lr_mult = 1.0
 
 [schedule]
 lr = { start = 0.0, peak = 1e-3, end = 1e-6, warmup = "2 steps" }
+lr_scaling = "none"
+weight_decay = { start = 0.04, peak = 0.04, end = 0.04, warmup = "0 steps" }
+teacher_momentum = { start = 0.98, peak = 0.98, end = 1.0, warmup = "0 steps" }
 teacher_temp = { start = 0.04, peak = 0.07, end = 0.07, warmup = "2 steps" }
+freeze_last_layer = "0 steps"
 
 [run]
 log_every = "1 steps"
@@ -51,6 +63,8 @@ checkpoint_every = "3 steps"
 
 [eval]
 val = "synthetic:split=val,images=24,size=16"
+max_train = 6000
+every = "0 steps"
 k = 5
 "#;
 

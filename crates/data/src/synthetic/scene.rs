@@ -88,8 +88,8 @@ impl Scene {
             blobs: (0..rng.random_range(3..7)).map(|_| Blob::new(&mut rng, half)).collect(),
             object: Object::new(&mut rng, shape, pattern, half),
             light: {
-                // Up to a third less or more at the ends of the longer side.
-                let strength = uniform(&mut rng, 0.0, 0.7) / (2.0 * half[0].max(half[1]));
+                // Up to three fifths less or more at the ends of the longer side.
+                let strength = uniform(&mut rng, 0.0, 1.2) / (2.0 * half[0].max(half[1]));
                 direction(uniform(&mut rng, 0.0, TAU)).map(|part| strength * part)
             },
             noise: uniform(&mut rng, 0.01, 0.05),
@@ -143,7 +143,7 @@ impl Scene {
 impl Room {
     fn new(rng: &mut impl Rng, half_height: f32) -> Self {
         let pair = |rng: &mut _| {
-            let (hue, value) = (uniform(rng, 0.0, 1.0), uniform(rng, 0.35, 0.65));
+            let (hue, value) = (uniform(rng, 0.0, 1.0), uniform(rng, 0.2, 0.8));
             let (other_hue, other_value) = (hue + uniform(rng, -0.12, 0.12), value + uniform(rng, -0.15, 0.15));
             [hsv(hue, uniform(rng, 0.02, 0.15), value), hsv(other_hue, uniform(rng, 0.02, 0.15), other_value)]
         };
@@ -196,7 +196,7 @@ impl Object {
     const SIZE: f32 = 0.75;
 
     fn new(rng: &mut impl Rng, shape: Shape, pattern: Pattern, half: [f32; 2]) -> Self {
-        let radius = uniform(rng, 0.42, 0.55);
+        let radius = uniform(rng, 0.34, 0.5);
         // A little of it may be cut off by the border.
         let center = half.map(|half| {
             let reach = (half - 0.8 * radius).max(0.0);
@@ -208,10 +208,10 @@ impl Object {
             center,
             radius,
             depth: Self::SIZE / radius,
-            turn: direction(uniform(rng, 0.0, TAU)),
-            pattern_turn: direction(uniform(rng, -0.7, 0.7)),
+            turn: direction(uniform(rng, -0.4, 0.4)),
+            pattern_turn: direction(uniform(rng, -0.5, 0.5)),
             pattern_offset: [uniform(rng, 0.0, 8.0), uniform(rng, 0.0, 8.0)],
-            period: uniform(rng, 0.12, 0.18),
+            period: uniform(rng, 0.1, 0.14),
             tones: Self::tones(rng),
             light: direction(uniform(rng, 0.0, TAU)),
         }

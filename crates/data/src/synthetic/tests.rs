@@ -221,11 +221,11 @@ fn edge_statistics_tell_the_classes_better_than_raw_pixels() {
     let (mut train, mut val) = (features(train, edge_statistics), features(val, edge_statistics));
     standardised(&mut train, &mut val);
     let edges = knn_accuracy(&train, &val);
-    // Raw pixels are right for 37 %, and for 54 % with 6,000 train images: outlines and patterns this large survive at 16
-    // pixels, and among so many images some are nearly alike.
-    assert!(raw <= 4.8 * CHANCE, "raw pixels are right for {:.1} %", 100.0 * raw);
+    // Measured: 16 % and 89 %. With 6,000 train images instead of 1,200 raw pixels are right for 28 %, since among so many
+    // images some are nearly alike.
+    assert!(raw <= 2.5 * CHANCE, "raw pixels are right for {:.1} %", 100.0 * raw);
     assert!(
-        edges >= raw + 2.0 * CHANCE,
+        edges >= raw + 6.0 * CHANCE,
         "edge statistics are right for {:.1} %, raw pixels for {:.1} %",
         100.0 * edges,
         100.0 * raw
