@@ -1,6 +1,6 @@
 """Runs exported backbones in onnxruntime and compares their outputs with ours.
 
-    cargo run --release -p dinoxide-onnx --example peer -- FOLDER [WEIGHTS]
+    cargo run --release -p dinoxide-onnx --example peer -- FOLDER
     pip install onnx onnxruntime
     python benches/peer/onnx/check.py FOLDER
 

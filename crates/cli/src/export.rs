@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use burn::tensor::Device;
 use dinoxide_exchange::{Loaded, export, load};
-use dinoxide_model::{Backbone, Fingerprint};
+use dinoxide_model::Fingerprint;
 use dinoxide_onnx::{ImageSize, Input, Options};
 
 use crate::{Usage, terminal};
@@ -22,8 +22,8 @@ pub(crate) struct Args {
     /// The file, or with `hf` the folder, to write
     #[arg(long, value_name = "PATH")]
     output: PathBuf,
-    /// With `onnx`, the images that the file takes: `224`, `224x448` (height first) or `dynamic` for every multiple of the
-    /// patch size. Unless given, those of the size that the backbone was trained on
+    /// With `onnx`, the images that the file takes: `224`, `224x448` (height first) or `dynamic` for every size that the
+    /// backbone takes. Unless given, those of the size that the backbone was trained on
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     image_size: Option<ImageSize>,
     /// With `onnx`, the file takes normalised images. Unless given, it takes RGB on [0, 1] and normalises it itself
@@ -41,7 +41,7 @@ enum Format {
     Meta,
     /// A safetensors file with timm's names
     Timm,
-    /// An ONNX file of a vision transformer's features, for runtimes without PyTorch
+    /// An ONNX file of the backbone's features, for runtimes without PyTorch
     Onnx,
 }
 
@@ -80,17 +80,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 fn onnx(args: &Args, Loaded { backbone, mut description, .. }: Loaded) -> anyhow::Result<ExitCode> {
     description.fingerprint = Fingerprint::of(&backbone);
-    let Backbone::Vit(vit) = backbone else {
-        bail!(Usage(anyhow::anyhow!(
-            "{}: a ConvNeXt, and only vision transformers have an ONNX export yet\n\n\
-             hint: `--format hf` gives a folder that other tools convert",
-            args.weights.display()
-        )));
-    };
     let side = description.image_size;
     let size = args.image_size.unwrap_or(ImageSize::Fixed { height: side, width: side });
     let input = if args.normalized_input { Input::Normalized } else { Input::Rgb };
-    let report = dinoxide_onnx::export(&vit, &description, &Options { size, input }, &args.output)?;
+    let report = dinoxide_onnx::export(&backbone, &description, &Options { size, input }, &args.output)?;
     terminal::plain(&format!(
         "wrote {}, run in another runtime and compared: largest deviation {:.1e} of {:.0e} allowed",
         args.output.display(),

@@ -23,6 +23,23 @@ pub enum Architecture {
     ConvNext(ConvNextConfig),
 }
 
+/// Sides of the images that a backbone takes, in pixels: the multiples of a number, from some size on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sides {
+    /// Every side is a multiple of it.
+    pub step: usize,
+    /// The smallest, a multiple of [`step`](Self::step).
+    pub least: usize,
+}
+
+impl Display for Sides {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { step, least } = self;
+        write!(f, "multiples of {step}")?;
+        if least == step { Ok(()) } else { write!(f, " from {least} on") }
+    }
+}
+
 impl Architecture {
     /// Width of the tokens after the last layer.
     pub fn embed_dim(&self) -> usize {
@@ -53,6 +70,14 @@ impl Architecture {
         match self {
             Self::Vit(config) => config.patch_size,
             Self::ConvNext(_) => convnext::STRIDE,
+        }
+    }
+
+    /// The sides that [`grid`](Self::grid) accepts.
+    pub fn sides(&self) -> Sides {
+        match self {
+            Self::Vit(config) => Sides { step: config.patch_size, least: config.patch_size },
+            Self::ConvNext(config) => config.sides(),
         }
     }
 

@@ -14,7 +14,7 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ModelError,
+    ModelError, Sides,
     config::{DropPathKind, NormKind},
     draws::{BranchDraw, StochasticDraws},
     init::Init,
@@ -74,6 +74,12 @@ impl ConvNextConfig {
             }
         }
         Ok((height / STRIDE, width / STRIDE))
+    }
+
+    /// The sides that [`grid`](Self::grid) accepts.
+    pub(crate) fn sides(&self) -> Sides {
+        let least = self.patch_size.map_or(STRIDE, |patch| patch.next_multiple_of(STEM).max(STRIDE));
+        Sides { step: STEM, least }
     }
 
     /// Checks that the numbers fit together. A configuration read from a file must pass before anything is built.
@@ -391,6 +397,26 @@ mod tests {
         }
         let coarse = ConvNextConfig { patch_size: Some(48), ..config };
         assert!(coarse.grid(64, 36).is_err());
+    }
+
+    #[test]
+    fn the_sides_of_a_backbone_are_those_that_have_a_grid() {
+        let convnext = |patch_size| Architecture::ConvNext(ConvNextConfig { patch_size, ..config() });
+        let vit = ModelConfig { patch_size: 14, ..ModelConfig::default() }.resolve(28).expect("a configuration");
+        let cases = [
+            (convnext(None), "multiples of 4 from 32 on"),
+            (convnext(Some(16)), "multiples of 4 from 32 on"),
+            (convnext(Some(50)), "multiples of 4 from 52 on"),
+            (vit, "multiples of 14"),
+        ];
+        for (architecture, text) in cases {
+            let sides = architecture.sides();
+            assert_eq!(sides.to_string(), text);
+            for side in 0..120 {
+                let fits = side >= sides.least && side.is_multiple_of(sides.step);
+                assert_eq!(architecture.grid(side, 56).is_ok(), fits, "{text}: {side}");
+            }
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ mod vit;
 pub mod weights;
 
 pub use arch::{Arch, Sizes};
-pub use backbone::{Architecture, Backbone};
+pub use backbone::{Architecture, Backbone, Sides};
 pub use config::{ModelConfig, VitConfig};
 pub use convnext::{ConvNext, ConvNextBlock, ConvNextConfig, Convolution};
 pub use dinoxide_kernels::Precision;

@@ -1,6 +1,6 @@
 //! Writes ONNX files with the features that they must give, for `benches/peer/onnx/check.py` to run in onnxruntime.
 //!
-//! `peer FOLDER`: of two random backbones of the size of ViT-S.
+//! `peer FOLDER`: of random backbones, two of the size of ViT-S and two ConvNeXts.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -9,7 +9,7 @@ use std::path::Path;
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_model::config::{FfnKind, ModelConfig, Position};
 use dinoxide_model::weights::{Description, Provenance, Weight, WeightFile, host};
-use dinoxide_model::{Architecture, Vit, parameters};
+use dinoxide_model::{Arch, Backbone, parameters};
 use dinoxide_onnx::{ImageSize, Input, Options, export};
 use dinoxide_random::{Purpose, stream};
 use rand::RngExt;
@@ -18,7 +18,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [folder] = arguments.as_slice() else { return Err("usage: peer FOLDER".into()) };
     std::fs::create_dir_all(folder)?;
-    for (name, (backbone, description)) in [("v2", random(v2())?), ("v3", random(v3())?)] {
+    for (name, case) in [("v2", v2()), ("v3", v3()), ("convnext", convnext()), ("convnext-small", small_convnext())] {
+        let (backbone, description) = random(case)?;
         write(Path::new(folder), name, &backbone, &description)?;
     }
     Ok(())
@@ -49,11 +50,23 @@ fn v3() -> (ModelConfig, usize) {
     (config, 224)
 }
 
+/// ConvNeXt-T.
+fn convnext() -> (ModelConfig, usize) {
+    (ModelConfig { arch: Arch::ConvNextTiny, ..ModelConfig::default() }, 224)
+}
+
+/// The backbone of the recipe `small_64px`, without layer scale.
+fn small_convnext() -> (ModelConfig, usize) {
+    let (dims, depths) = (Some([48, 96, 192, 256]), Some([1, 1, 2, 1]));
+    let config = ModelConfig { dims, depths, layer_scale_init: 0.0, ..convnext().0 };
+    (config, 64)
+}
+
 /// A backbone with weights that make attention far from uniform.
-fn random((config, image_size): (ModelConfig, usize)) -> Result<(Vit, Description), Box<dyn Error>> {
-    let Architecture::Vit(config) = config.resolve(image_size)? else { return Err("not a ViT".into()) };
+fn random((config, image_size): (ModelConfig, usize)) -> Result<(Backbone, Description), Box<dyn Error>> {
+    let architecture = config.resolve(image_size)?;
     let mut rng = stream(7, Purpose::Init, 0, 0);
-    let backbone = Vit::new(&config, &Device::flex(), &mut rng);
+    let backbone = Backbone::new(&architecture, &Device::flex(), &mut rng);
     let shapes: BTreeMap<String, Vec<usize>> = parameters::shapes(&backbone).into_iter().collect();
     let backbone = parameters::replace(backbone, |name, value| {
         let shape = &shapes[name];
@@ -68,7 +81,7 @@ fn random((config, image_size): (ModelConfig, usize)) -> Result<(Vit, Descriptio
         Tensor::from_data(TensorData::from(values.as_slice()), &value.device())
     });
     let description = Description {
-        architecture: config.into(),
+        architecture,
         image_size,
         mean: [0.485, 0.456, 0.406],
         std: [0.229, 0.224, 0.225],
@@ -78,11 +91,13 @@ fn random((config, image_size): (ModelConfig, usize)) -> Result<(Vit, Descriptio
     Ok((backbone, description))
 }
 
-/// Of one square size, of one that is not square, and of any size; each with the features of random images.
-fn write(folder: &Path, name: &str, backbone: &Vit, description: &Description) -> Result<(), Box<dyn Error>> {
+/// Of one square size, of one that is not square, and of any size; each with the features of random images. Where patches
+/// need not tile images, they do not tile those that are not square.
+fn write(folder: &Path, name: &str, backbone: &Backbone, description: &Description) -> Result<(), Box<dyn Error>> {
     let patch = description.architecture.stride();
     let square = description.image_size;
-    let (height, width) = (square + 3 * patch, (square / patch / 2).max(1) * patch);
+    let rest = patch - description.architecture.sides().step;
+    let (height, width) = (square + 3 * patch + rest, (square / patch / 2).max(1) * patch + rest);
     let files = [
         ("square", ImageSize::Fixed { height: square, width: square }, Input::Rgb, vec![(2, square, square)]),
         ("oblong", ImageSize::Fixed { height, width }, Input::Normalized, vec![(3, height, width)]),

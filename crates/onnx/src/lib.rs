@@ -1,7 +1,7 @@
 //! Backbones as ONNX files, for runtimes that know nothing of this project.
 //!
-//! [`export`] writes a [`Vit`] in operators of the standard domain, version 17. Before the file is given its name it is
-//! loaded and run by another runtime, on random images of two batch sizes; if it does not give what the backbone gives,
+//! [`export`] writes a [`Backbone`] in operators of the standard domain, version 17. Before the file is given its name it
+//! is loaded and run by another runtime, on random images of two batch sizes; if it does not give what the backbone gives,
 //! there is an error and no file.
 //!
 //! | | name | shape |
@@ -11,19 +11,21 @@
 //! | output | `patches` | `[batch, P, D]`, row by row from the upper left |
 //! | output | `registers`, if the backbone has any | `[batch, R, D]` |
 //!
-//! The outputs are those of [`Vit::forward`] without a mask, after the final norm.
+//! The outputs are those of [`Backbone::forward`] without a mask, after the final norm.
 
+mod convnext;
 mod graph;
 mod network;
 mod positions;
 mod proto;
 mod verify;
+mod vit;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use dinoxide_model::weights::{Description, temporary_beside};
-use dinoxide_model::{Architecture, ModelError, Vit, parameters};
+use dinoxide_model::{Architecture, Backbone, ModelError, parameters};
 use prost::Message;
 
 /// The version of the standard operators that graphs are written in.
@@ -42,14 +44,14 @@ const LONGEST_FILE: u64 = i32::MAX as u64;
 /// Which images a graph takes. The batch size is free in either case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageSize {
-    /// Of one size in pixels, multiples of the patch size. Positions are constants: the simplest graph.
+    /// Of one size in pixels, which the backbone takes. Positions are constants: the simplest graph.
     Fixed {
         /// Height in pixels.
         height: usize,
         /// Width in pixels.
         width: usize,
     },
-    /// Of any size in multiples of the patch size; other sizes are an error when the graph runs.
+    /// Of any size that the backbone takes ([`Architecture::sides`]); others are an error when the graph runs.
     Dynamic,
 }
 
@@ -140,7 +142,7 @@ pub struct Check {
 /// Why a backbone was not exported. There is no file then, or the one that was there before.
 #[derive(Debug, thiserror::Error)]
 pub enum OnnxError {
-    /// An image size that patches do not tile.
+    /// An image size that the backbone does not take.
     #[error(transparent)]
     Model(#[from] ModelError),
     /// A description of another backbone.
@@ -233,7 +235,12 @@ impl OnnxError {
 ///
 /// # Panics
 /// If a parameter cannot be read back from the device.
-pub fn export(backbone: &Vit, description: &Description, options: &Options, path: &Path) -> Result<Report, OnnxError> {
+pub fn export(
+    backbone: &Backbone,
+    description: &Description,
+    options: &Options,
+    path: &Path,
+) -> Result<Report, OnnxError> {
     let model = model(backbone, description, options)?;
     let nodes = model.graph.as_ref().map_or(0, |graph| graph.node.len());
     let bytes = encode(model)?;
@@ -243,15 +250,15 @@ pub fn export(backbone: &Vit, description: &Description, options: &Options, path
 }
 
 /// The whole message.
-fn model(backbone: &Vit, description: &Description, options: &Options) -> Result<proto::Model, OnnxError> {
-    let config = backbone.config();
-    if description.architecture != Architecture::Vit(config.clone()) {
+fn model(backbone: &Backbone, description: &Description, options: &Options) -> Result<proto::Model, OnnxError> {
+    let architecture = backbone.architecture();
+    if description.architecture != architecture {
         return Err(OnnxError::OtherArchitecture);
     }
     let Description { mean, std, .. } = *description;
     if options.input == Input::Rgb {
-        if config.in_channels != 3 {
-            return Err(OnnxError::Channels { channels: config.in_channels });
+        if architecture.in_channels() != 3 {
+            return Err(OnnxError::Channels { channels: architecture.in_channels() });
         }
         if !mean.iter().all(|m| m.is_finite()) || !std.iter().all(|s| s.is_finite() && *s > 0.0) {
             return Err(OnnxError::Normalization { mean, std });
@@ -262,7 +269,7 @@ fn model(backbone: &Vit, description: &Description, options: &Options) -> Result
 
     let image_size = match options.size {
         ImageSize::Fixed { height, width } => format!("{height}x{width}"),
-        ImageSize::Dynamic => format!("multiples of {}", config.patch_size),
+        ImageSize::Dynamic => architecture.sides().to_string(),
     };
     let list = |values: [f32; 3]| values.map(|value| value.to_string()).join(",");
     let metadata = [
@@ -272,13 +279,16 @@ fn model(backbone: &Vit, description: &Description, options: &Options) -> Result
         ("std", list(std)),
         ("image_size", image_size.clone()),
     ];
+    let family = match architecture {
+        Architecture::Vit(_) => "vision transformer",
+        Architecture::ConvNext(_) => "ConvNeXt",
+    };
     Ok(proto::Model {
         ir_version: Some(IR_VERSION),
         producer_name: Some("dinoxide".to_owned()),
         producer_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
         doc_string: Some(format!(
-            "A vision transformer's features. Images: {image_size} pixels (height, width), any number in a batch. Input \
-             `{}`: {}",
+            "Features of a {family}. Images, height and width in pixels: {image_size}; any number in a batch. Input `{}`: {}",
             options.input.name(),
             options.input.doc(description)
         )),
@@ -305,7 +315,7 @@ fn encode(model: proto::Model) -> Result<Vec<u8>, OnnxError> {
 fn keep_if_equal(
     bytes: Vec<u8>,
     path: &Path,
-    backbone: &Vit,
+    backbone: &Backbone,
     description: &Description,
     options: &Options,
 ) -> Result<Vec<Check>, OnnxError> {

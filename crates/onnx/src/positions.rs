@@ -20,7 +20,7 @@ pub(crate) struct Rotation {
 /// The grid of patches as the running graph knows it.
 pub(crate) struct Grid {
     /// `[2]` integers: rows, columns.
-    pub(crate) size: Value,
+    size: Value,
     rows: Value,
     columns: Value,
     zero: Value,
@@ -30,7 +30,7 @@ pub(crate) struct Grid {
 }
 
 impl Grid {
-    /// Reads the grid off images `[B, C, H, W]`; sides that are no multiples of `patch` are cut off.
+    /// Reads the grid off images `[B, C, H, W]`, whose sides are multiples of `patch`.
     pub(crate) fn of(g: &mut GraphBuilder, images: &Value, patch: usize) -> Self {
         let pixels = g.op("grid.pixels", "Shape", &[images], vec![int("start", 2)]);
         let patch = g.int("grid.patch_size", patch as i64);

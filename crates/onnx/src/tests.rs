@@ -5,6 +5,7 @@ use std::process::Command;
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_model::config::{FfnKind, ModelConfig, NormKind, Position, RopeNormalize};
 use dinoxide_model::weights::Provenance;
+use dinoxide_model::{Arch, Sides};
 use dinoxide_random::{Purpose, stream};
 use rand::{Rng, RngExt};
 
@@ -78,21 +79,42 @@ fn v3_other(rope_normalize: RopeNormalize) -> (ModelConfig, usize) {
     (config, 15)
 }
 
-fn cases() -> [(&'static str, (ModelConfig, usize)); 5] {
+/// A small ConvNeXt of stages that differ in width and depth.
+fn convnext() -> (ModelConfig, usize) {
+    let config = ModelConfig {
+        arch: Arch::ConvNextTiny,
+        dims: Some([8, 12, 16, 24]),
+        depths: Some([1, 2, 3, 1]),
+        layer_scale_init: 1e-6,
+        ..ModelConfig::default()
+    };
+    (config, 64)
+}
+
+/// Without layer scale, with stages whose widths and depths rise and fall, and with an epsilon that matters.
+fn convnext_plain() -> (ModelConfig, usize) {
+    let (config, image_size) = convnext();
+    let (dims, depths) = (Some([12, 8, 20, 16]), Some([2, 1, 1, 2]));
+    (ModelConfig { dims, depths, layer_scale_init: 0.0, norm_eps: 0.1, ..config }, image_size)
+}
+
+fn cases() -> [(&'static str, (ModelConfig, usize)); 7] {
     [
         ("v1", v1()),
         ("v2", v2()),
         ("v3", v3()),
         ("v3 max", v3_other(RopeNormalize::Max)),
         ("v3 min", v3_other(RopeNormalize::Min)),
+        ("convnext", convnext()),
+        ("convnext plain", convnext_plain()),
     ]
 }
 
 /// A backbone in which every parameter matters: no two have equal values, attention is far from uniform.
-fn backbone((config, image_size): (ModelConfig, usize)) -> (Vit, Description) {
-    let Architecture::Vit(config) = config.resolve(image_size).expect("sizes that fit") else { panic!("a ViT") };
+fn backbone((config, image_size): (ModelConfig, usize)) -> (Backbone, Description) {
+    let architecture = config.resolve(image_size).expect("sizes that fit");
     let mut rng = stream(7, Purpose::Init, 0, 0);
-    let backbone = Vit::new(&config, &Device::flex(), &mut rng);
+    let backbone = Backbone::new(&architecture, &Device::flex(), &mut rng);
     let shapes: BTreeMap<String, Vec<usize>> = parameters::shapes(&backbone).into_iter().collect();
     let backbone = parameters::replace(backbone, |name, value| {
         let shape = &shapes[name];
@@ -105,7 +127,7 @@ fn backbone((config, image_size): (ModelConfig, usize)) -> (Vit, Description) {
         Tensor::from_data(TensorData::from(values.as_slice()), &value.device())
     });
     let description = Description {
-        architecture: config.into(),
+        architecture,
         image_size,
         mean: [0.485, 0.456, 0.406],
         std: [0.229, 0.224, 0.225],
@@ -124,6 +146,13 @@ fn fixed(height: usize, width: usize) -> Options {
     Options::new(ImageSize::Fixed { height, width })
 }
 
+/// The distance of neighbouring patches, and how many pixels at most are beyond the last one, in images that a backbone
+/// takes.
+fn patches(architecture: &Architecture) -> (usize, usize) {
+    let (Sides { step, .. }, stride) = (architecture.sides(), architecture.stride());
+    (stride, stride - step)
+}
+
 fn entries(folder: &Path) -> Vec<String> {
     let names = fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry").file_name());
     names.map(|name| name.into_string().expect("plain names")).collect()
@@ -136,9 +165,10 @@ fn files_of_one_size_give_what_the_backbone_gives() {
     let mut checks = 0;
     for (name, case) in cases() {
         let (backbone, description) = backbone(case);
-        let patch = description.architecture.stride();
+        let (patch, rest) = patches(&description.architecture);
         let trained = description.image_size;
-        for (height, width) in [(trained, trained), (trained + 2 * patch, patch), (2 * patch, trained + 5 * patch)] {
+        let (tall, wide) = ((trained + 2 * patch + rest, patch), (2 * patch, trained + 5 * patch + rest));
+        for (height, width) in [(trained, trained), tall, wide] {
             for input in [Input::Rgb, Input::Normalized] {
                 let options = Options { input, ..fixed(height, width) };
                 let report = export(&backbone, &description, &options, &path)
@@ -146,12 +176,17 @@ fn files_of_one_size_give_what_the_backbone_gives() {
                 assert_eq!(report.bytes, fs::metadata(&path).expect("a file").len());
                 let found: Vec<_> = report.checks.iter().map(|c| (c.batch, c.height, c.width)).collect();
                 assert_eq!(found, [(1, height, width), (2, height, width)]);
-                assert!(report.max_deviation() < 2e-5, "{name}: {report:?}");
+                let model = verify::load(&path).expect("it was loaded before");
+                let shape = [3, 3, height, width];
+                let of_three = verify::compare_on(&model, &path, &backbone, &description, &options, shape)
+                    .unwrap_or_else(|e| panic!("{name}: {e}"));
+                let deviation = report.max_deviation().max(of_three.deviation);
+                assert!(deviation < 2e-5, "{name}: {report:?}, {of_three:?}");
                 checks += 1;
             }
         }
     }
-    assert_eq!(checks, 5 * 3 * 2);
+    assert_eq!(checks, 7 * 3 * 2);
     assert_eq!(entries(folder.path()), ["x.onnx"]);
 }
 
@@ -164,7 +199,7 @@ fn a_file_of_any_size_gives_what_the_backbone_gives_at_every_size() {
         let (backbone, description) = backbone(case);
         let options = Options::new(ImageSize::Dynamic);
         let report = export(&backbone, &description, &options, &path).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let patch = description.architecture.stride();
+        let (patch, rest) = patches(&description.architecture);
         let grid = description.image_size / patch;
         let found: Vec<_> = report.checks.iter().map(|c| (c.batch, c.height / patch, c.width / patch)).collect();
         assert_eq!(found, [(1, grid, grid), (2, grid + 2, grid - 1)]);
@@ -172,7 +207,7 @@ fn a_file_of_any_size_gives_what_the_backbone_gives_at_every_size() {
         let model = verify::load(&path).expect("it was loaded before");
         // Smaller, larger, one of each, one side as it is stored, a single patch.
         for (rows, columns) in [(2, 3), (11, 17), (3, 13), (grid, grid + 1), (grid - 1, grid), (1, 1)] {
-            let shape = [3, 3, rows * patch, columns * patch];
+            let shape = [3, 3, rows * patch, columns * patch + rest];
             let check = verify::compare_on(&model, &path, &backbone, &description, &options, shape)
                 .unwrap_or_else(|e| panic!("{name}: {e}"));
             // Divided by the smaller side, angles reach 92 radians here, of which single precision knows 1e-5.
@@ -181,23 +216,39 @@ fn a_file_of_any_size_gives_what_the_backbone_gives_at_every_size() {
             checks += 1;
         }
     }
-    assert_eq!(checks, 5 * 6);
+    assert_eq!(checks, 7 * 6);
 }
 
 #[test]
-fn a_file_of_any_size_refuses_what_patches_do_not_tile() {
+fn a_file_of_any_size_refuses_sides_that_the_backbone_does_not_take() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("x.onnx");
-    let (backbone, description) = backbone(v3());
-    export(&backbone, &description, &Options::new(ImageSize::Dynamic), &path).expect("exported");
-    let model = verify::load(&path).expect("a model");
-    let run = |height: usize, width: usize| {
-        let images = rten_tensor::Tensor::<f32>::zeros(&[2, 3, height, width]);
-        let ids = (model.node_id("images").expect("input"), model.node_id("cls").expect("output"));
-        model.run(vec![(ids.0, images.into())], &[ids.1], None).is_ok()
-    };
-    assert!(run(12, 8));
-    assert!(!run(13, 8) && !run(12, 7));
+    let (config, size) = convnext();
+    let coarse = (ModelConfig { patch_size: 50, ..config }, size);
+    // A side of less than a patch, and others that are too small or left over.
+    let cases: [(_, &str, &[_], &[_]); 3] = [
+        (v3(), "multiples_of_4", &[(12, 8), (4, 4)], &[(13, 8), (12, 7), (3, 8), (8, 1)]),
+        (convnext(), "multiples_of_4_from_32_on", &[(64, 36), (32, 32)], &[(66, 64), (64, 35), (28, 64), (64, 3)]),
+        (coarse, "multiples_of_4_from_52_on", &[(52, 56)], &[(48, 52), (52, 50)]),
+    ];
+    for (case, sides, taken, refused) in cases {
+        let (backbone, description) = backbone(case);
+        export(&backbone, &description, &Options::new(ImageSize::Dynamic), &path).expect("exported");
+        let model = verify::load(&path).expect("a model");
+        model.node_id(&format!("sides.are_height_and_width_{sides}")).expect("a name that says what is taken");
+        let run = |&(height, width): &(usize, usize)| {
+            let images = rten_tensor::Tensor::<f32>::zeros(&[2, 3, height, width]);
+            let ids = (model.node_id("images").expect("input"), model.node_id("cls").expect("output"));
+            model.run(vec![(ids.0, images.into())], &[ids.1], None).map(|_| ()).map_err(|e| e.to_string())
+        };
+        for size in taken {
+            run(size).unwrap_or_else(|e| panic!("{size:?}: {e}"));
+        }
+        for size in refused {
+            let error = run(size).expect_err(&format!("{sides}: {size:?}"));
+            assert!(error.contains("Input length does not match target shape"), "{size:?}: {error}");
+        }
+    }
 }
 
 #[test]
@@ -217,9 +268,31 @@ fn the_file_says_what_it_is() {
     assert_eq!((metadata["input"].as_str(), metadata["std"].as_str()), ("rgb", "0.229,0.224,0.225"));
 
     let graph = model.graph.expect("a graph");
-    let names = |values: &[proto::ValueInfo]| -> Vec<String> { values.iter().filter_map(|v| v.name.clone()).collect() };
     assert_eq!(names(&graph.input), ["images"]);
     assert_eq!(names(&graph.output), ["cls", "patches", "registers"]);
+    assert_no_constant_is_idle(&graph);
+}
+
+#[test]
+fn the_file_of_a_convnext_says_what_it_is() {
+    let (backbone, description) = backbone(convnext());
+    let model = model(&backbone, &description, &Options::new(ImageSize::Dynamic)).expect("a model");
+    let value = |key: &str| model.metadata_props.iter().find(|e| e.key.as_deref() == Some(key))?.value.as_deref();
+    assert_eq!(value("image_size"), Some("multiples of 4 from 32 on"));
+    let found: Description = serde_json::from_str(value("dinoxide").expect("a value")).expect("a description");
+    assert_eq!(found, description);
+    let doc = model.doc_string.expect("text");
+    assert!(doc.starts_with("Features of a ConvNeXt. Images, height and width in pixels: multiples of 4 from 32 on;"));
+    let graph = model.graph.expect("a graph");
+    assert_eq!(names(&graph.output), ["cls", "patches"]);
+    assert_no_constant_is_idle(&graph);
+}
+
+fn names(values: &[proto::ValueInfo]) -> Vec<String> {
+    values.iter().filter_map(|v| v.name.clone()).collect()
+}
+
+fn assert_no_constant_is_idle(graph: &proto::Graph) {
     let used: BTreeSet<&String> = graph.node.iter().flat_map(|node| &node.input).collect();
     let constants: Vec<&String> = graph.initializer.iter().filter_map(|t| t.name.as_ref()).collect();
     let idle: Vec<_> = constants.iter().filter(|name| !used.contains(*name)).collect();
@@ -228,34 +301,42 @@ fn the_file_says_what_it_is() {
 
 #[test]
 fn two_exchanged_constants_are_noticed() {
+    let vit = [
+        ("blocks.0.norm1.weight", "blocks.1.norm1.weight"),
+        ("blocks.1.ls1.gamma", "blocks.2.ls2.gamma"),
+        ("blocks.0.attn.qkv.bias", "blocks.2.attn.qkv.bias"),
+    ];
+    let stages = [
+        ("downsample_layers.0.1.bias", "stages.0.0.norm.bias"),
+        ("stages.1.0.gamma", "stages.1.1.gamma"),
+        ("stages.2.0.dwconv.weight", "stages.2.2.dwconv.weight"),
+    ];
+    notices_exchanges(v2(), fixed(21, 21), vit);
+    notices_exchanges(v2(), Options::new(ImageSize::Dynamic), vit);
+    notices_exchanges(convnext(), fixed(64, 64), stages);
+    notices_exchanges(convnext(), Options::new(ImageSize::Dynamic), stages);
+}
+
+fn notices_exchanges(case: (ModelConfig, usize), options: Options, pairs: [(&str, &str); 3]) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("x.onnx");
-    let (backbone, description) = backbone(v2());
-    let mut noticed = 0;
-    for options in [fixed(21, 21), Options::new(ImageSize::Dynamic)] {
-        for (a, b) in [
-            ("blocks.0.norm1.weight", "blocks.1.norm1.weight"),
-            ("blocks.1.ls1.gamma", "blocks.2.ls2.gamma"),
-            ("blocks.0.attn.qkv.bias", "blocks.2.attn.qkv.bias"),
-        ] {
-            let mut model = model(&backbone, &description, &options).expect("a model");
-            let tensors = &mut model.graph.as_mut().expect("a graph").initializer;
-            let place = |name: &str| tensors.iter().position(|t| t.name.as_deref() == Some(name)).expect("a constant");
-            let (a, b) = (place(a), place(b));
-            let data = tensors[a].raw_data.take();
-            tensors[a].raw_data = std::mem::replace(&mut tensors[b].raw_data, data);
-            let bytes = encode(model).expect("encoded");
-            match keep_if_equal(bytes, &path, &backbone, &description, &options) {
-                Err(error @ OnnxError::Deviates { .. }) => {
-                    assert!(error.to_string().contains("at most 1e-4 is allowed"), "{error}");
-                }
-                other => panic!("{other:?}"),
+    let (backbone, description) = backbone(case);
+    for (a, b) in pairs {
+        let mut model = model(&backbone, &description, &options).expect("a model");
+        let tensors = &mut model.graph.as_mut().expect("a graph").initializer;
+        let place = |name: &str| tensors.iter().position(|t| t.name.as_deref() == Some(name)).expect("a constant");
+        let (a, b) = (place(a), place(b));
+        let data = tensors[a].raw_data.take();
+        tensors[a].raw_data = std::mem::replace(&mut tensors[b].raw_data, data);
+        let bytes = encode(model).expect("encoded");
+        match keep_if_equal(bytes, &path, &backbone, &description, &options) {
+            Err(error @ OnnxError::Deviates { .. }) => {
+                assert!(error.to_string().contains("at most 1e-4 is allowed"), "{error}");
             }
-            assert!(entries(folder.path()).is_empty());
-            noticed += 1;
+            other => panic!("{other:?}"),
         }
+        assert!(entries(folder.path()).is_empty());
     }
-    assert_eq!(noticed, 6);
 }
 
 #[test]
@@ -275,13 +356,16 @@ fn options_that_do_not_fit_are_errors() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("x.onnx");
     let (vit, description) = backbone(v1());
-    let fails = |vit: &Vit, description: &Description, options: &Options, message: &str| {
-        let error = export(vit, description, options, &path).expect_err(message).to_string();
+    let fails = |backbone: &Backbone, description: &Description, options: &Options, message: &str| {
+        let error = export(backbone, description, options, &path).expect_err(message).to_string();
         assert!(error.contains(message), "{error}");
         assert!(entries(folder.path()).is_empty());
     };
     fails(&vit, &description, &fixed(20, 22), "image width 22 is not a multiple of the patch size 4");
     fails(&vit, &description, &fixed(0, 20), "image height 0");
+    let (stages, of_stages) = backbone(convnext());
+    fails(&stages, &of_stages, &fixed(64, 34), "image width 34: a ConvNeXt takes multiples of 4 from 32 on");
+    fails(&stages, &description, &fixed(20, 20), "another architecture");
     let other = backbone(v2()).1;
     fails(&vit, &other, &fixed(20, 20), "another architecture");
     let flat = Description { std: [0.2, 0.0, 0.2], ..description.clone() };

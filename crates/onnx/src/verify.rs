@@ -4,9 +4,10 @@
 
 use std::path::Path;
 
+use burn::module::Module;
 use burn::tensor::{Tensor, TensorData};
 use dinoxide_model::{
-    Vit,
+    Backbone,
     weights::{Description, host},
 };
 use dinoxide_random::{Purpose, stream};
@@ -21,23 +22,27 @@ use crate::{Check, ImageSize, Input, OnnxError, Options, TOLERANCE};
 pub(crate) fn compare(
     file: &Path,
     path: &Path,
-    backbone: &Vit,
+    backbone: &Backbone,
     description: &Description,
     options: &Options,
 ) -> Result<Vec<Check>, OnnxError> {
     let model = load(file).map_err(|reason| OnnxError::Runtime { path: path.to_owned(), reason })?;
-    let patch = backbone.config().patch_size;
+    let architecture = &description.architecture;
     let sizes = match options.size {
         ImageSize::Fixed { height, width } => [(height, width); 2],
         ImageSize::Dynamic => {
-            let grid = (description.image_size / patch).max(1);
-            // The size that it was trained on, and one with more rows and fewer columns.
-            [(grid, grid), (grid + 2, (grid - 1).max(1))].map(|(rows, columns)| (rows * patch, columns * patch))
+            let (sides, stride) = (architecture.sides(), architecture.stride());
+            let trained = (description.image_size / sides.step * sides.step).max(sides.least);
+            // The size that it was trained on, and one with more rows and fewer columns of patches, beside which as much is
+            // left over as can be.
+            let rest = stride - sides.step;
+            let (height, width) = (trained + 2 * stride + rest, (trained + rest).saturating_sub(stride));
+            [(trained, trained), (height, width.max(sides.least))]
         }
     };
     let mut checks = Vec::new();
     for (batch, (height, width)) in [1, 2].into_iter().zip(sizes) {
-        let shape = [batch, backbone.config().in_channels, height, width];
+        let shape = [batch, architecture.in_channels(), height, width];
         checks.push(compare_on(&model, path, backbone, description, options, shape)?);
     }
     Ok(checks)
@@ -103,14 +108,14 @@ fn images(description: &Description, input: Input, shape: [usize; 4]) -> (Vec<f3
 pub(crate) fn compare_on(
     model: &Model,
     path: &Path,
-    backbone: &Vit,
+    backbone: &Backbone,
     description: &Description,
     options: &Options,
     shape: [usize; 4],
 ) -> Result<Check, OnnxError> {
     let [batch, _, height, width] = shape;
     let (given, normalized) = images(description, options.input, shape);
-    let device = backbone.cls_token.val().device();
+    let device = backbone.devices().into_iter().next().expect("a backbone has parameters");
     let features = backbone.forward(Tensor::from_data(TensorData::new(normalized, shape), &device), None);
     let mut expected = vec![
         ("cls", features.cls.dims().to_vec(), host(features.cls.reshape([-1]))),

@@ -61,7 +61,7 @@ fn train(place: &Workplace, run: &str, args: &[&str]) -> Finished {
 }
 
 #[test]
-fn a_convnext_trains_resumes_bit_for_bit_and_is_evaluated() {
+fn a_convnext_trains_resumes_bit_for_bit_is_evaluated_and_exported() {
     let place = place();
     let shown = train(&place, "straight", &[]).succeeded().stderr;
     assert!(shown.contains("backbone   ConvNeXt 8-12-16-24 wide, 1-1-2-1 deep: "), "{shown}");
@@ -85,6 +85,17 @@ fn a_convnext_trains_resumes_bit_for_bit_and_is_evaluated() {
     let found = place.run(&[&linear, &data[..]].concat()).succeeded();
     let linear: Value = serde_json::from_str(&found.stdout).expect("an object");
     assert!(linear["scores"]["top1"].is_number(), "{linear}");
+
+    let onnx = |rest: &[&str]| {
+        place.run(&[&["export", "--weights", weights, "--format", "onnx", "--output", "out.onnx"], rest].concat())
+    };
+    for rest in [&[][..], &["--image-size", "36x100", "--normalized-input"], &["--image-size", "dynamic"]] {
+        let done = onnx(rest).succeeded();
+        assert!(done.stderr.contains("wrote out.onnx, run in another runtime and compared: "), "{}", done.stderr);
+        fs::remove_file(place.path("out.onnx")).expect("the file is there");
+    }
+    onnx(&["--image-size", "28x64"]).failed(2, &["image height 28: a ConvNeXt takes multiples of 4 from 32 on"]);
+    assert!(!place.path("out.onnx").exists());
 }
 
 #[test]
