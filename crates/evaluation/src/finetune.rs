@@ -305,6 +305,29 @@ mod tests {
     }
 
     #[test]
+    fn an_earlier_epoch_that_does_best_is_the_one_on_val() {
+        let (train, val) = (Set::new("synthetic:images=60,size=20"), Set::new("synthetic:split=val,images=21,size=20"));
+        let (how, source, device, backbone) = (how(8), test_source(), Device::flex(), backbone());
+        let on = FinetuneImages { train: train.images(), val: val.images(), how: &how, source: &source };
+        let earlier = (0..10).find_map(|seed| {
+            let config = FinetuneConfig { epochs: 5, held_out: 0.3, seed, ..config() };
+            let (report, _) = finetune(&backbone, on, &config, &device, &mut |_| ()).unwrap();
+            (report.scores.epoch < 5).then_some((config, report.scores))
+        });
+        let (config, scores) = earlier.expect("a seed whose last epoch is not the best");
+        // The same again, stopped after that epoch.
+        let split = stratified_split(&train.labels, 0.3, config.seed, TASK).unwrap();
+        let mut run = Run::new(&backbone, train.images(), &config, &device);
+        let mut crops = RandomCrops::new(train.images(), &split.fit, how.crop_px, config.seed);
+        let per_epoch = split.fit.len().div_ceil(8);
+        for t in 0..scores.epoch * per_epoch {
+            run.step(&mut crops, &how, t, config.rate(t, 5 * per_epoch)).unwrap();
+        }
+        let expected = run.network.valid().score(val.images(), None, &how, &device).unwrap();
+        assert_eq!((scores.accuracy, scores.loss), (expected.accuracy, expected.loss));
+    }
+
+    #[test]
     fn a_loss_that_is_not_finite_and_classes_that_do_not_fit_are_errors() {
         let (train, mut val) =
             (Set::new("synthetic:images=30,size=20"), Set::new("synthetic:split=val,images=9,size=20"));

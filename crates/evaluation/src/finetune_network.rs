@@ -222,6 +222,7 @@ pub(crate) mod tests {
     use std::sync::Arc;
 
     use dinoxide_data::{DecodeLimits, Source, open};
+    use dinoxide_model::{Arch, ModelConfig, config::Position};
 
     use super::*;
     use crate::test_data::backbone;
@@ -294,6 +295,33 @@ pub(crate) mod tests {
             let dropped = loss(8, &FinetuneConfig { drop_path: 0.9, ..config.clone() });
             assert!((dropped - expected).abs() > 1e-6, "stochastic depth changes the loss");
         }
+    }
+
+    #[test]
+    fn positions_are_not_augmented() {
+        let (set, device) = (Set::new("synthetic:images=20,size=20"), Device::flex());
+        let rows: Vec<u32> = (0..20).collect();
+        let loss = |rescale: f64| {
+            let model = ModelConfig {
+                arch: Arch::VitTiny,
+                patch_size: 4,
+                embed_dim: Some(12),
+                depth: Some(2),
+                num_heads: Some(3),
+                layer_scale_init: 0.5,
+                position: Position::Rope,
+                rope_rescale: rescale,
+                ..ModelConfig::default()
+            };
+            let architecture = model.resolve(12).expect("a model");
+            let backbone = Backbone::new(&architecture, &device, &mut stream(1, Purpose::Init, 0, 0));
+            let config = config();
+            let mut run = Run::new(&backbone, set.images(), &config, &device);
+            // The classifier moves first: it hardly hears positions otherwise.
+            let mut crops = RandomCrops::new(set.images(), &rows, 12, 5);
+            (0..3).map(|t| run.step(&mut crops, &how(8), t, 0.02).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(loss(3.0), loss(1.0));
     }
 
     #[test]

@@ -116,6 +116,7 @@ mod tests {
             pool.install(|| {
                 let mut crops = RandomCrops::new(images, &rows, 16, 3);
                 let stretches = [crops.next(7), crops.next(8)];
+                assert_eq!(stretches.each_ref().map(|stretch| stretch.first), [0, 7]);
                 let drawn = stretches.iter().flat_map(|stretch| stretch.pieces(pieces).collect::<Vec<_>>());
                 let found: Vec<_> = drawn.flat_map(|(first, rows)| crops.crops(first, rows).unwrap()).collect();
                 (stretches.map(|stretch| stretch.rows).concat(), found)

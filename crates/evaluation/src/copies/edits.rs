@@ -262,6 +262,16 @@ mod tests {
         assert_eq!((a.len(), a.id(2)), (4, source.id(2)));
         assert_eq!(a.read(2).unwrap(), a.read(2).unwrap());
         assert_ne!(a.read(2).unwrap(), b.read(2).unwrap());
+        // Each edit of each image has draws of its own.
+        for (number, edit) in Edit::ALL.into_iter().enumerate() {
+            let mut own = stream(1, Purpose::Evaluation, draws::COPIES, (2 * 8 + number) as u64);
+            assert_eq!(
+                copies(edit, 1).read(2).unwrap(),
+                edit.apply(&source.read(2).unwrap(), &mut own),
+                "{}",
+                edit.name()
+            );
+        }
         let flipped = copies(Edit::Flip, 0).read(1).unwrap();
         let mut expected = source.read(1).unwrap();
         horizontal_flip(&mut expected);

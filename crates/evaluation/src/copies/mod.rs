@@ -204,8 +204,9 @@ mod tests {
         dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
     }
 
-    /// mAP from each query's sorted list and micro-AP from one sorted list of all pairs, in percent.
-    fn naive(gallery: &Features, copies: &Copies, kind: Option<usize>) -> (f64, f64) {
+    /// mAP and the share of first places from each query's sorted list, and micro-AP from one sorted list of all pairs, in
+    /// percent.
+    fn naive(gallery: &Features, copies: &Copies, kind: Option<usize>) -> (f64, f64, f64) {
         let (mut all, mut precisions) = (Vec::new(), Vec::new());
         for query in 0..copies.features.rows() {
             let mut own: Vec<(f64, bool)> = (0..gallery.rows())
@@ -227,7 +228,9 @@ mod tests {
                 sum += found / (rank + 1) as f64;
             }
         }
-        (precisions.iter().sum::<f64>() / precisions.len() as f64, 100.0 * sum / found)
+        let count = precisions.len() as f64;
+        let first = precisions.iter().filter(|precision| **precision == 100.0).count();
+        (precisions.iter().sum::<f64>() / count, 100.0 * sum / found, 100.0 * first as f64 / count)
     }
 
     #[test]
@@ -237,9 +240,10 @@ mod tests {
             let (gallery, asked) = case(rows, queries, noise, seed);
             let report = copies(&gallery, &asked, &test_source(), &CopiesConfig::default(), &Device::flex()).unwrap();
             let scores = report.scores;
-            let (map, micro_ap) = naive(&gallery, &asked, None);
+            let (map, micro_ap, first) = naive(&gallery, &asked, None);
             assert!((scores.map - map).abs() < 1e-3, "{} {map}", scores.map);
             assert!((scores.micro_ap - micro_ap).abs() < 1e-6, "{} {micro_ap}", scores.micro_ap);
+            assert!((scores.first - first).abs() < 1e-3, "{} {first}", scores.first);
             assert!(map < 99.0 && micro_ap < 99.0 && map > 10.0 && (map - micro_ap).abs() > 1.0, "{map} {micro_ap}");
             assert!(scores.interval.low < map && map < scores.interval.high);
             assert_eq!(scores.by_kind.len(), 2);

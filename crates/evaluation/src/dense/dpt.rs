@@ -336,6 +336,24 @@ mod tests {
     }
 
     #[test]
+    fn a_residual_unit_by_hand() {
+        let mut asked = 0;
+        // Kernels with a middle alone: times -3 and 0.5 more, then times 2 and 0.25 more.
+        let mut next = |shape: [usize; 2], _: usize| {
+            let mut values = vec![0.0; shape[1]];
+            values[shape[1] / 2] = [-3.0, 0.5, 2.0, 0.25][asked];
+            asked += 1;
+            matrix(values, shape, &Device::flex())
+        };
+        let x = Tensor::<4>::from_data(TensorData::new(vec![-1.0f32, 0.1, 2.0], [1, 1, 1, 3]), &Device::flex());
+        let found = host(residual(x, &mut next).reshape([-1]));
+        // The unit sees 0, 0.1 and 2.
+        let expected = [-1.0 + 2.0 * 0.5 + 0.25, 0.1 + 2.0 * 0.2 + 0.25, 2.0 + 0.25];
+        assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{found:?}");
+        assert_eq!(asked, 4);
+    }
+
+    #[test]
     fn maps_are_resized_as_tokens_are() {
         let values = gaussian(6, 2, 4).values().to_vec();
         let map = Tensor::<4>::from_data(TensorData::new(values.clone(), [1, 2, 2, 3]), &Device::flex());

@@ -362,6 +362,8 @@ mod tests {
             let back = seen.to_pixels(seen.to_patches(point));
             assert!((back[0] - point[0]).abs() < 1e-9 && (back[1] - point[1]).abs() < 1e-9, "{back:?}");
         }
+        let larger = Seen { tokens: TokenGrid { rows: 6, columns: 4, dim: 1, values: vec![1.0; 24] }, size: (40, 42) };
+        assert_eq!(scaled([2.5, 1.5], &seen, &larger), [2.0, 3.0]);
     }
 
     #[test]

@@ -294,6 +294,17 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_silhouette_left_in_place_is_stretched_by_the_middles_of_pixels() {
+        let tokens = TokenGrid { rows: 1, columns: 1, dim: 1, values: vec![1.0] };
+        let source = Carried { tokens, shares: vec![0.0], labels: vec![1, 0, 0, 0, 0, 0, 255, 1], size: (4, 2) };
+        // Columns 1 and 3 of four, and each row twice.
+        let narrow = [false, false, false, false, false, true, false, true];
+        assert_eq!(left_in_place(&source, (2, 4)), narrow);
+        let wide = [true, true, false, false, false, false, false, false];
+        assert_eq!(left_in_place(&source, (8, 2))[..8], wide);
+    }
+
+    #[test]
     fn images_that_cannot_be_read_are_left_out_and_listed_once() {
         let folder = tempfile::tempdir().unwrap();
         rolled(folder.path(), &[(0, 0), (2, 1), (1, 2)]);
