@@ -222,10 +222,10 @@ pub(crate) mod tests {
     use std::sync::Arc;
 
     use dinoxide_data::{DecodeLimits, Source, open};
-    use dinoxide_model::{Arch, ModelConfig, config::Position};
+    use dinoxide_model::{ModelConfig, config::Position};
 
     use super::*;
-    use crate::test_data::backbone;
+    use crate::test_data::{backbone, backbone_of, model_config};
 
     /// Synthetic images of three classes, last first.
     pub(crate) struct Set {
@@ -302,19 +302,8 @@ pub(crate) mod tests {
         let (set, device) = (Set::new("synthetic:images=20,size=20"), Device::flex());
         let rows: Vec<u32> = (0..20).collect();
         let loss = |rescale: f64| {
-            let model = ModelConfig {
-                arch: Arch::VitTiny,
-                patch_size: 4,
-                embed_dim: Some(12),
-                depth: Some(2),
-                num_heads: Some(3),
-                layer_scale_init: 0.5,
-                position: Position::Rope,
-                rope_rescale: rescale,
-                ..ModelConfig::default()
-            };
-            let architecture = model.resolve(12).expect("a model");
-            let backbone = Backbone::new(&architecture, &device, &mut stream(1, Purpose::Init, 0, 0));
+            let model = ModelConfig { position: Position::Rope, rope_rescale: rescale, ..model_config() };
+            let backbone = backbone_of(&model);
             let config = config();
             let mut run = Run::new(&backbone, set.images(), &config, &device);
             // The classifier moves first: it hardly hears positions otherwise.

@@ -8,8 +8,8 @@ use rand::Rng;
 use crate::{features::Features, labels::LabeledFeatures, linear_probe::standard_normal};
 
 /// A ViT of patch 4, 12 wide, 2 deep.
-pub(crate) fn backbone() -> Backbone {
-    let config = ModelConfig {
+pub(crate) fn model_config() -> ModelConfig {
+    ModelConfig {
         arch: Arch::VitTiny,
         patch_size: 4,
         embed_dim: Some(12),
@@ -18,9 +18,18 @@ pub(crate) fn backbone() -> Backbone {
         // Blocks matter from the start.
         layer_scale_init: 0.5,
         ..ModelConfig::default()
-    };
+    }
+}
+
+/// A backbone of that configuration, for crops of 12 pixels.
+pub(crate) fn backbone_of(config: &ModelConfig) -> Backbone {
     let architecture = config.resolve(12).expect("a model");
     Backbone::new(&architecture, &Device::flex(), &mut stream(1, Purpose::Init, 0, 0))
+}
+
+/// The backbone of [`model_config`].
+pub(crate) fn backbone() -> Backbone {
+    backbone_of(&model_config())
 }
 
 /// Standard normal values.
