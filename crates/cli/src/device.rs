@@ -13,7 +13,7 @@ fn missing(name: &str) -> anyhow::Error {
     .into()
 }
 
-/// The device called `text`: `cpu`, or `cuda`, `vulkan`, `metal` with an optional `:number`.
+/// The device called `text`: `cpu`, or `cuda`, `vulkan`, `wgpu`, `metal` with an optional `:number`.
 pub(crate) fn parse(text: &str) -> anyhow::Result<Device> {
     let (kind, index) = match text.split_once(':') {
         None => (text, 0),
@@ -28,19 +28,23 @@ pub(crate) fn parse(text: &str) -> anyhow::Result<Device> {
         "cuda" => Ok(Device::cuda(index)),
         #[cfg(feature = "vulkan")]
         "vulkan" => Ok(Device::vulkan(gpu(index))),
+        #[cfg(feature = "wgpu")]
+        "wgpu" => Ok(Device::wgpu(gpu(index))),
         #[cfg(feature = "metal")]
         "metal" => Ok(Device::metal(gpu(index))),
-        "cuda" | "vulkan" | "metal" => {
+        "cuda" | "vulkan" | "wgpu" | "metal" => {
             let _ = index;
             Err(missing(kind))
         }
         _ => {
-            bail!(Usage(anyhow::anyhow!("unknown device `{text}`\n\nhint: use `cpu`, `cuda:0`, `vulkan:0` or `metal`")))
+            bail!(Usage(anyhow::anyhow!(
+                "unknown device `{text}`\n\nhint: use `cpu`, `cuda:0`, `vulkan:0`, `wgpu:0` or `metal`"
+            )))
         }
     }
 }
 
-#[cfg(any(feature = "vulkan", feature = "metal"))]
+#[cfg(any(feature = "vulkan", feature = "wgpu", feature = "metal"))]
 fn gpu(index: usize) -> burn::tensor::DeviceKind {
     use burn::tensor::DeviceKind;
     if index == 0 { DeviceKind::DefaultDevice } else { DeviceKind::DiscreteGpu(index) }

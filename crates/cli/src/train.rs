@@ -48,7 +48,7 @@ pub(crate) struct Args {
     /// Train this stage of the recipe alone, from `--init`
     #[arg(long, value_name = "NAME", requires = "init", conflicts_with = "resume")]
     stage: Option<String>,
-    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `metal`. Too slow on `cpu`: a smaller `model.arch`, fewer
+    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `wgpu:0`, `metal`. Too slow on `cpu`: a smaller `model.arch`, fewer
     /// `augmentation.local_crops`, smaller crops; on a GPU: `--set train.precision=bf16`
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,

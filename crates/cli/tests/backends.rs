@@ -1,10 +1,10 @@
-//! Backends agree: whole training steps on the CPU and on a Vulkan device, compared number by number.
+//! Backends agree: whole training steps on the CPU and on a GPU backend, compared number by number.
 //!
-//! Needs the feature `vulkan` and a driver; a software driver serves. `DINOXIDE_VULKAN` says which device:
-//! `cpu` for a software driver, `default` for the adapter that the driver prefers. Without it, the test says aloud that it
-//! compared nothing.
+//! Needs the feature `wgpu` or `vulkan` and a driver; a software driver serves. `DINOXIDE_DEVICE` says which device:
+//! `wgpu:cpu` or `vulkan:cpu` for a software driver, `wgpu` or `vulkan` for the adapter that the backend prefers. Without it,
+//! the test says aloud that it compared nothing.
 
-#![cfg(feature = "vulkan")]
+#![cfg(any(feature = "vulkan", feature = "wgpu"))]
 #![allow(clippy::print_stderr, reason = "what was skipped and what deviated is this test's output")]
 
 use std::collections::BTreeMap;
@@ -108,16 +108,30 @@ fn deviation(a: f64, b: f64, floor: f64) -> f64 {
     (a - b).abs() / a.abs().max(floor)
 }
 
+/// The device that `DINOXIDE_DEVICE` names, if it names one.
+fn other_device() -> Option<Device> {
+    let name = std::env::var("DINOXIDE_DEVICE").ok()?;
+    let (backend, kind) = match name.split_once(':') {
+        None => (&*name, DeviceKind::DefaultDevice),
+        Some((backend, "cpu")) => (backend, DeviceKind::Cpu),
+        Some(_) => panic!("DINOXIDE_DEVICE={name}: expected `BACKEND` or `BACKEND:cpu`"),
+    };
+    match backend {
+        #[cfg(feature = "wgpu")]
+        "wgpu" => Some(Device::wgpu(kind)),
+        #[cfg(feature = "vulkan")]
+        "vulkan" => Some(Device::vulkan(kind)),
+        _ => panic!("DINOXIDE_DEVICE={name}: `{backend}` is no backend of this build"),
+    }
+}
+
 #[test]
-fn cpu_and_vulkan_take_the_same_steps() {
-    let device = match std::env::var("DINOXIDE_VULKAN").as_deref() {
-        Ok("cpu") => Device::vulkan(DeviceKind::Cpu),
-        Ok("default") => Device::vulkan(DeviceKind::DefaultDevice),
-        Ok(other) => panic!("DINOXIDE_VULKAN={other}: expected `cpu` or `default`"),
-        Err(_) => {
-            eprintln!("SKIPPED: set DINOXIDE_VULKAN=cpu or =default to compare the CPU with a Vulkan device");
-            return;
-        }
+fn cpu_and_gpu_take_the_same_steps() {
+    let Some(device) = other_device() else {
+        eprintln!(
+            "SKIPPED: set DINOXIDE_DEVICE=wgpu:cpu, wgpu, vulkan:cpu or vulkan to compare the CPU with that device"
+        );
+        return;
     };
     let mut compared = 0;
     for (position, centering) in [(Position::Rope, Centering::Sinkhorn), (Position::Learned, Centering::Softmax)] {

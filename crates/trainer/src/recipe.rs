@@ -21,7 +21,7 @@ use crate::stages::Stage;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
-    /// Where tensors live: `cpu`, `cuda:0`, `vulkan:0`, `metal`.
+    /// Where tensors live: `cpu`, `cuda:0`, `vulkan:0`, `wgpu:0`, `metal`.
     pub device: String,
     /// A line in `metrics.jsonl` every so many steps.
     pub log_every: Duration,

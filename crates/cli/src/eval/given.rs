@@ -18,7 +18,7 @@ pub(crate) struct Weights {
     /// Weights: a run's `teacher.safetensors`, a `.pth` file of the DINO repositories, a Hugging Face folder, a timm file
     #[arg(long, value_name = "PATH")]
     pub(crate) weights: PathBuf,
-    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `metal`
+    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `wgpu:0`, `metal`
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub(crate) device: String,
 }

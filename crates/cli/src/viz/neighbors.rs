@@ -33,7 +33,7 @@ pub(crate) struct Args {
     /// Images in one forward. Out of memory: lower
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
     batch_size: u64,
-    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `metal`
+    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `wgpu:0`, `metal`
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
     #[command(flatten)]

@@ -72,6 +72,7 @@ fn devices_that_this_build_lacks_are_named_with_their_feature() {
     for (device, feature, is_built) in [
         ("cuda:0", "cuda", cfg!(feature = "cuda")),
         ("vulkan", "vulkan", cfg!(feature = "vulkan")),
+        ("wgpu:0", "wgpu", cfg!(feature = "wgpu")),
         ("metal", "metal", cfg!(feature = "metal")),
     ] {
         if !is_built {

@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// Given several times, each has a column of the table
     #[arg(long, value_name = "PATH", required = true)]
     weights: Vec<PathBuf>,
-    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `metal`
+    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `wgpu:0`, `metal`
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
     #[command(flatten)]
