@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use dinoxide_config::Resolved;
-use dinoxide_trainer::run::{Event, Outcome, SOFTWARE};
+use dinoxide_trainer::run::SOFTWARE;
 use dinoxide_trainer::stages::{self, Row};
+use dinoxide_trainer::{Event, Outcome};
 use dinoxide_trainer::{Recipe, TrainError, train, train_students};
 
 use crate::table::{bytes, count, duration};

@@ -1,12 +1,16 @@
 //! Training by self-distillation: the recipe, the step, the loop and the run directory.
 //!
-//! Read [`step::train_step`] first: it is one optimisation step on one screen. [`run::train`] is the loop around it.
+//! Read [`step::train_step`] first: it is one optimisation step on one screen. [`run::train`] is the loop around it, and
+//! `running.rs` what is done between two steps.
 
 pub mod batch;
 pub mod cache;
 pub mod checkpoint;
+mod clock;
+mod directory;
 pub mod duration;
 pub mod error;
+mod event;
 pub mod forecast;
 pub mod loss;
 pub mod measure;
@@ -17,6 +21,7 @@ pub mod optimizer;
 pub mod pretrained;
 pub mod recipe;
 pub mod run;
+mod running;
 mod samples;
 pub mod schedule;
 pub mod stages;
@@ -27,5 +32,6 @@ mod terms;
 pub mod trial;
 
 pub use error::TrainError;
+pub use event::{Event, Outcome};
 pub use recipe::Recipe;
-pub use run::{Event, Outcome, train, train_students};
+pub use run::{train, train_students};

@@ -8,10 +8,10 @@ use dinoxide_random::{Purpose, stream};
 use rand::Rng;
 
 use crate::batch::Batch;
+use crate::clock::peak_bytes;
 use crate::error::TrainError;
 use crate::pretrained::Pretrained;
 use crate::recipe::Recipe;
-use crate::run::peak_bytes;
 use crate::samples::step_draws;
 use crate::start::{Initial, initial};
 use crate::step::{Timings, train_step};

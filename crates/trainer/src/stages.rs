@@ -16,11 +16,11 @@ use dinoxide_config::{Resolved, difference};
 use dinoxide_model::weights::write_atomically;
 use serde::{Deserialize, Serialize};
 
+use crate::directory::prepare_directory;
 use crate::error::TrainError;
 use crate::metrics::MetricsFile;
 use crate::pretrained::is_run;
 use crate::recipe::Recipe;
-use crate::run::prepare_directory;
 
 /// One entry of `[[stages]]` or `[[students]]`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

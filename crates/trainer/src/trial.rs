@@ -12,11 +12,14 @@ use dinoxide_model::{Architecture, HeadConfig, weights};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::Cache;
+use crate::clock::peak_bytes;
 use crate::error::TrainError;
+use crate::event::Event;
 use crate::monitor::Monitor;
 use crate::pretrained::Pretrained;
 use crate::recipe::Recipe;
-use crate::run::{Event, Run, go, peak_bytes};
+use crate::run::go;
+use crate::running::Run;
 use crate::start::initial;
 
 /// How much of a recipe is run. All else stays: heads, crops, the size of a micro-batch.
