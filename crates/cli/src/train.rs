@@ -320,7 +320,11 @@ impl<'a> Screen<'a> {
                     0 => "no classes".to_owned(),
                     n => format!("{n} classes"),
                 };
-                let lines = [
+                let locals = match crops.local_crops {
+                    n if n > 0 && recipe.loss.sees_local_crops() => format!(", {n} × {} px", crops.local_crop_size),
+                    _ => String::new(),
+                };
+                let mut lines = vec![
                     format!("run        {}", self.directory.display()),
                     format!("software   {SOFTWARE}, device {}, seed {}", recipe.run.device, recipe.train.seed),
                     format!("images     {} in {}, {classes}", count(plan.samples as u64), recipe.data.source),
@@ -330,21 +334,18 @@ impl<'a> Screen<'a> {
                         backbone_parameters as f64 / 1e6,
                         head_parameters as f64 / 1e6
                     ),
-                    format!(
-                        "crops      2 × {} px, {} × {} px",
-                        crops.global_crop_size, crops.local_crops, crops.local_crop_size
-                    ),
+                    format!("crops      2 × {} px{locals}", crops.global_crop_size),
                     format!(
                         "length     {} steps of {batch} images = {} images = {epochs:.1} epochs",
                         count(plan.steps),
                         count(plan.steps * batch as u64)
                     ),
                     format!("lr         {:.2e} at its peak (after scaling by the batch size)", plan.schedule.lr.peak),
-                    format!(
-                        "loss       at chance about ln K = {:.2} for CLS tokens",
-                        (recipe.dino_head.prototypes as f64).ln()
-                    ),
                 ];
+                if recipe.loss.dino_weight > 0.0 {
+                    let chance = (recipe.dino_head.prototypes as f64).ln();
+                    lines.push(format!("loss       at chance about ln K = {chance:.2} for CLS tokens"));
+                }
                 lines.iter().for_each(|line| self.log.line(line));
                 if !monitored {
                     self.log.line(&format!(

@@ -157,9 +157,14 @@ impl FeatureConfig {
 }
 
 impl LossConfig {
+    /// Whether a loss looks at local crops.
+    pub fn sees_local_crops(&self) -> bool {
+        self.dino_weight > 0.0 && self.local_weight > 0.0
+    }
+
     /// The local crops of a batch, if a loss looks at them.
     pub(crate) fn local_crops(&self, batch: &Batch) -> Option<burn::tensor::Tensor<5>> {
-        batch.local.clone().filter(|_| self.dino_weight > 0.0 && self.local_weight > 0.0)
+        batch.local.clone().filter(|_| self.sees_local_crops())
     }
 }
 

@@ -138,8 +138,7 @@ impl<'a> Run<'a> {
 
     /// Local crops that a loss looks at.
     pub(crate) fn local_crops(&self) -> usize {
-        let used = self.config.loss.dino_weight > 0.0 && self.config.loss.local_weight > 0.0;
-        if used { self.config.augmentation.local_crops } else { 0 }
+        if self.config.loss.sees_local_crops() { self.config.augmentation.local_crops } else { 0 }
     }
 
     /// One step.

@@ -22,7 +22,8 @@ fn last_losses(place: &Workplace, run: &str) -> serde_json::Value {
 #[test]
 fn a_student_learns_from_heads_features_and_similarities() {
     let place = place_with_teacher();
-    place.train("heads", &TEACHER).succeeded();
+    let heads = place.train("heads", &TEACHER).succeeded();
+    assert!(heads.stderr.contains("ln K") && heads.stderr.contains("2 × 16 px, 2 × 8 px"), "{}", heads.stderr);
     let losses = last_losses(&place, "heads");
     assert!(losses["dino_local"].is_f64() && losses["ibot"].is_f64() && losses["feature_cls"].is_null(), "{losses}");
 
@@ -37,7 +38,13 @@ fn a_student_learns_from_heads_features_and_similarities() {
         ("relation", &["--set", "loss.features.relation_weight=1"], &["relation"]),
     ];
     for (run, weights, terms) in modes {
-        place.train(run, &[&file[..], &NO_HEADS, weights, &["--length", "30 steps"]].concat()).succeeded();
+        let output = place.train(run, &[&file[..], &NO_HEADS, weights, &["--length", "30 steps"]].concat()).succeeded();
+        // Without a loss by heads there is no ln K to compare with, and nobody looks at local crops.
+        assert!(
+            !output.stderr.contains("ln K") && output.stderr.contains("crops      2 × 16 px\n"),
+            "{}",
+            output.stderr
+        );
         let metrics = place.metrics(run);
         let steps: Vec<_> = metrics.iter().filter(|line| line["kind"] == "step").collect();
         for term in terms {
