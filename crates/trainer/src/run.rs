@@ -105,7 +105,7 @@ pub(crate) fn go(
     let steps = runs[0].plan.steps;
     let locals = runs.iter().map(|run| run.local_crops()).max().expect("at least one run");
     let mut batches = Batches::new(shared, locals, source, step)?;
-    runs.iter_mut().for_each(|run| run.clock.window_start = Instant::now());
+    runs.iter_mut().for_each(|run| run.start_window(0.0));
     while step < steps && !stop.load(Ordering::Relaxed) {
         let (mut batch, drawn) = batches.next(&runs[0].plan.backbone, runs[0].device)?;
         for (i, run) in runs.iter_mut().enumerate().filter(|(_, run)| run.state.step == step) {

@@ -191,7 +191,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn start_window(&mut self, waited: f64) {
+    pub(crate) fn start_window(&mut self, waited: f64) {
         self.clock.window_start = Instant::now();
         self.clock.window_images = self.progress.images;
         self.clock.window_waited = waited;

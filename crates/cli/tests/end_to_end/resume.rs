@@ -337,3 +337,22 @@ fn two_processes_never_train_in_one_directory() {
     lock.unlock().expect("unlocked");
     place.run(&["train", "--resume", "run"]).succeeded();
 }
+
+#[test]
+fn the_speed_after_a_resume_counts_no_image_of_before() {
+    let place = Workplace::new();
+    let args = ["--length", "60 steps", "--set", "run.checkpoint_every='58 steps'"];
+    place.train("straight", &args).succeeded();
+    place.copy("straight", "stopped");
+    let last = place.checkpoints("stopped").pop().expect("a checkpoint");
+    fs::remove_dir_all(place.path(&format!("stopped/checkpoints/{last}"))).expect("removed");
+    place.run(&["train", "--resume", "stopped"]).succeeded();
+    let rates = |run: &str| -> Vec<f64> {
+        let steps = place.metrics(run).into_iter().filter(|line| line["kind"] == "step");
+        steps.map(|line| line["images_per_second"].as_f64().expect("a rate")).collect()
+    };
+    let fastest = rates("straight").into_iter().fold(0.0, f64::max);
+    let resumed = rates("stopped").pop().expect("a step");
+    // Two steps in the time of two: with the 58 before them it would be thirty times as much.
+    assert!(resumed < 8.0 * fastest, "{resumed} images/s, and never more than {fastest} before");
+}
