@@ -320,9 +320,9 @@ impl<'a> Screen<'a> {
                     0 => "no classes".to_owned(),
                     n => format!("{n} classes"),
                 };
-                let locals = match crops.local_crops {
-                    n if n > 0 && recipe.loss.sees_local_crops() => format!(", {n} × {} px", crops.local_crop_size),
-                    _ => String::new(),
+                let locals = match recipe.local_crops() {
+                    0 => String::new(),
+                    n => format!(", {n} × {} px", crops.local_crop_size),
                 };
                 let mut lines = vec![
                     format!("run        {}", self.directory.display()),

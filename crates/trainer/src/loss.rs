@@ -158,7 +158,7 @@ impl FeatureConfig {
 
 impl LossConfig {
     /// Whether a loss looks at local crops.
-    pub fn sees_local_crops(&self) -> bool {
+    pub(crate) fn sees_local_crops(&self) -> bool {
         self.dino_weight > 0.0 && self.local_weight > 0.0
     }
 

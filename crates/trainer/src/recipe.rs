@@ -189,6 +189,11 @@ pub struct Plan {
 }
 
 impl Recipe {
+    /// Local crops that a loss looks at.
+    pub fn local_crops(&self) -> usize {
+        if self.loss.sees_local_crops() { self.augmentation.local_crops } else { 0 }
+    }
+
     /// Checks what the types do not, and works out every length for `samples` images.
     ///
     /// # Errors

@@ -103,7 +103,7 @@ pub(crate) fn go(
     }
     let mut step = runs.iter().map(|run| run.state.step).min().expect("at least one run");
     let steps = runs[0].plan.steps;
-    let locals = runs.iter().map(|run| run.local_crops()).max().expect("at least one run");
+    let locals = runs.iter().map(|run| run.config.local_crops()).max().expect("at least one run");
     let mut batches = Batches::new(shared, locals, source, step)?;
     runs.iter_mut().for_each(|run| run.start_window(0.0));
     while step < steps && !stop.load(Ordering::Relaxed) {

@@ -24,7 +24,7 @@ use crate::step::{StepReport, TrainState, train_step};
 
 /// A run that has begun.
 pub(crate) struct Run<'a> {
-    config: &'a Recipe,
+    pub(crate) config: &'a Recipe,
     pub(crate) plan: Plan,
     monitor: Option<Monitor>,
     directory: &'a Path,
@@ -136,11 +136,6 @@ impl<'a> Run<'a> {
         Ok(self.progress.bad_images.check(self.plan.samples, self.config.data.max_bad_share)?)
     }
 
-    /// Local crops that a loss looks at.
-    pub(crate) fn local_crops(&self) -> usize {
-        if self.config.loss.sees_local_crops() { self.config.augmentation.local_crops } else { 0 }
-    }
-
     /// One step.
     pub(crate) fn take(
         &mut self,
@@ -148,7 +143,7 @@ impl<'a> Run<'a> {
         waited: f64,
         watch: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), TrainError> {
-        let batch = batch.with_locals(self.local_crops());
+        let batch = batch.with_locals(self.config.local_crops());
         let at = self.plan.schedule.at(self.state.step);
         let draws = step_draws(self.config, &self.plan.backbone, at.step);
         let losses = self.plan.schedule.losses_at(&self.config.loss, at.step);

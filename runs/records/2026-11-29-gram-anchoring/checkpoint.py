@@ -1,4 +1,4 @@
-"""The teacher of a checkpoint as a weight file: extract.py CHECKPOINT TEACHER_FILE OUTPUT"""
+"""The teacher of a checkpoint as a weight file: checkpoint.py CHECKPOINT TEACHER_FILE OUTPUT"""
 import json, sys
 from safetensors import safe_open
 from safetensors.numpy import save_file

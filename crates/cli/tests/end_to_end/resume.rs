@@ -341,7 +341,7 @@ fn two_processes_never_train_in_one_directory() {
 #[test]
 fn the_speed_after_a_resume_counts_no_image_of_before() {
     let place = Workplace::new();
-    let args = ["--length", "60 steps", "--set", "run.checkpoint_every='58 steps'"];
+    let args = ["--length", "202 steps", "--set", "run.checkpoint_every='200 steps'"];
     place.train("straight", &args).succeeded();
     place.copy("straight", "stopped");
     let last = place.checkpoints("stopped").pop().expect("a checkpoint");
@@ -352,7 +352,9 @@ fn the_speed_after_a_resume_counts_no_image_of_before() {
         steps.map(|line| line["images_per_second"].as_f64().expect("a rate")).collect()
     };
     let fastest = rates("straight").into_iter().fold(0.0, f64::max);
-    let resumed = rates("stopped").pop().expect("a step");
-    // Two steps in the time of two: with the 58 before them it would be thirty times as much.
+    let stopped = rates("stopped");
+    assert_eq!(stopped.len(), 202, "the recipe logs every step");
+    // The first step after the resume, in the time of one: with those before, it would be 200 times as fast.
+    let resumed = stopped[200];
     assert!(resumed < 8.0 * fastest, "{resumed} images/s, and never more than {fastest} before");
 }
