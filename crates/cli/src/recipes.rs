@@ -23,6 +23,7 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("distill_convnext_tiny.toml", include_str!("../../../configs/distill_convnext_tiny.toml")),
     ("multidistill_vit_s_b.toml", include_str!("../../../configs/multidistill_vit_s_b.toml")),
     ("vitt8_64px.toml", include_str!("../../../configs/vitt8_64px.toml")),
+    ("vit6_64px.toml", include_str!("../../../configs/vit6_64px.toml")),
     ("small_64px.toml", include_str!("../../../configs/small_64px.toml")),
     ("stages_64px.toml", include_str!("../../../configs/stages_64px.toml")),
     ("distill_vitt8_64px.toml", include_str!("../../../configs/distill_vitt8_64px.toml")),

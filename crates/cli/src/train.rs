@@ -24,7 +24,7 @@ use crate::{Usage, allocator, device, exit, recipes, terminal};
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Recipe: a file, or the name of a built-in one (`dinoxide recipes` lists them). With few images or a small machine
-    /// start from `small_64px`
+    /// start from `vit6_64px`
     #[arg(long, value_name = "RECIPE", default_value = "quickstart", conflicts_with = "resume")]
     config: String,
     /// Images to train on: a folder of any depth, or `synthetic`. Replaces `data.source`, and the recipe's `eval.train` and
