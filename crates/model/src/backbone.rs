@@ -166,13 +166,38 @@ impl Backbone {
     }
 
     /// The same, with blocks whose backward pass computes again what lies between their linear layers instead of keeping it:
-    /// less memory, more work, the same bits. On the CPU, in a vision transformer, where stochastic depth leaves the block
+    /// less memory, more work, the same values. On the CPU, in a vision transformer, where stochastic depth leaves the block
     /// alone; elsewhere nothing changes.
     pub fn recomputing(mut self, recompute: bool) -> Self {
         if let Self::Vit(vit) = &mut self {
             vit.blocks.iter_mut().for_each(|block| block.recompute = recompute);
         }
         self
+    }
+
+    /// Numbers that the blocks keep of a forward pass over so many crops for the backward pass: about ten for each number of
+    /// a token (queries, keys, values, the heads' results, the hidden layer, the inputs of both branches), or two with
+    /// [`recomputing`](Self::recomputing).
+    pub fn kept_for_backward(&self, crops: usize, height: usize, width: usize) -> usize {
+        const OF_A_BLOCK: usize = 10;
+        const OF_A_BLOCK_THAT_RECOMPUTES: usize = 2;
+        let of_one = match self {
+            Self::Vit(vit) => {
+                let VitConfig { patch_size, embed_dim, .. } = vit.config();
+                let tokens = 1 + height.div_ceil(*patch_size) * width.div_ceil(*patch_size);
+                let kept = |recompute| if recompute { OF_A_BLOCK_THAT_RECOMPUTES } else { OF_A_BLOCK };
+                tokens * embed_dim * vit.blocks.iter().map(|block| kept(block.recompute)).sum::<usize>()
+            }
+            Self::ConvNext(net) => {
+                let ConvNextConfig { dims, depths, .. } = net.config();
+                let of_stage = |(stage, (dim, depth)): (usize, (&usize, &usize))| {
+                    let stride = 4 << stage;
+                    height.div_ceil(stride) * width.div_ceil(stride) * dim * depth * OF_A_BLOCK
+                };
+                dims.iter().zip(depths).enumerate().map(of_stage).sum()
+            }
+        };
+        crops * of_one
     }
 
     /// The same with its products in this precision. A new or loaded backbone has single precision.

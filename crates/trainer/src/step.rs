@@ -176,16 +176,24 @@ pub fn train_step(
             whole_batch: batch.len(),
             sees_all,
         };
-        // One group of crops after the other: what is kept for the backward pass of the first is gone before the second.
+        // One group of crops after the other: what is kept for the backward pass of the first is gone before the second. But
+        // each leaves a gradient of every parameter, and where those are the larger, one backward pass serves both groups.
+        let together = gradients_outweigh_activations(&state.student, part);
+        let mut objective: Option<Tensor<1>> = None;
         for group in [CropGroup::Global, CropGroup::Local].into_iter().zip(&draws[i]) {
             let terms = student_losses(&state.student, part, group, &mut targets, &judgement);
             losses.add(&terms, share);
             timings.student += clock.lap();
-            if let Some(objective) = weighted_sum(terms, share, config) {
+            objective = objective.into_iter().chain(weighted_sum(terms, share, config)).reduce(|a, b| a + b);
+            if !together && let Some(objective) = objective.take() {
                 accumulate(&mut gradients, &state.student, objective);
             }
             timings.backward += clock.lap();
         }
+        if let Some(objective) = objective {
+            accumulate(&mut gradients, &state.student, objective);
+        }
+        timings.backward += clock.lap();
     }
     if let Some(spread) = &spread {
         losses.koleo = Some(spread.value);
@@ -208,6 +216,12 @@ pub fn train_step(
     state.timings = timings;
     state.step = at.step + 1;
     Ok(StepReport { losses, gradient_norms: norms, target_entropy, at })
+}
+
+/// Whether the gradients of a student are more than what it keeps of these global crops for its backward pass.
+fn gradients_outweigh_activations(student: &Network, part: &Batch) -> bool {
+    let [groups, crops, _, height, width] = part.global.dims();
+    student.num_params() >= student.backbone.kept_for_backward(groups * crops, height, width)
 }
 
 fn require_finite(
