@@ -110,7 +110,7 @@ mod tests {
             assert_eq!(again.value, recipe.value, "{name}");
             seen += 1;
         }
-        assert_eq!((seen, parts), (22, 13));
+        assert_eq!((seen, parts), (23, 13));
     }
 
     #[test]
