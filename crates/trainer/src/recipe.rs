@@ -85,7 +85,7 @@ pub struct EfficiencyConfig {
     /// Forward and backward in this many parts: less memory, same losses. Stochastic depth picks its samples per part.
     pub micro_batches: usize,
     /// Whether the backward pass computes the inside of a transformer block again instead of keeping it: about a quarter
-    /// more work, a fraction of the memory, the same bits. On the CPU; stochastic depth turns it off for its blocks.
+    /// more work, a fraction of the memory, the same values. On the CPU; stochastic depth turns it off for its blocks.
     pub recompute: bool,
 }
 
