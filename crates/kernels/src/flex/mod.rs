@@ -54,15 +54,19 @@ const ROW_BLOCK: usize = 128;
 /// level of cache with its operands.
 const ELEMENT_BLOCK: usize = 16 * 1024;
 
-/// Whether tensors of this device and type are computed here.
-pub(crate) fn supports(device: &Device, dtype: DType) -> bool {
-    let flex = match device.as_dispatch() {
+/// Whether this is burn's CPU backend, with automatic differentiation or without.
+pub(crate) fn is_flex(device: &Device) -> bool {
+    match device.as_dispatch() {
         DispatchDevice::Flex(_) => true,
         DispatchDevice::Autodiff(inner) => matches!(**inner, DispatchDevice::Flex(_)),
         #[allow(unreachable_patterns, reason = "the other backends are features")]
         _ => false,
-    };
-    flex && dtype == DType::F32 && simd::available()
+    }
+}
+
+/// Whether tensors of this device and type are computed here.
+pub(crate) fn supports(device: &Device, dtype: DType) -> bool {
+    is_flex(device) && dtype == DType::F32 && simd::available()
 }
 
 /// Whether plain tensors of this device and type, which no automatic differentiation follows, are computed here.
