@@ -111,6 +111,12 @@ fn at(whole: Extent, trials: &[Trial], of: impl Fn(&Trial) -> f64) -> f64 {
     trials.iter().map(term).sum()
 }
 
+/// [`at`] of a time: the whole takes at least as long as each of its parts did, whatever line the trials of a moment when
+/// the machine was busy may lie on.
+fn seconds_at(whole: Extent, trials: &[Trial], of: impl Fn(&Trial) -> f64) -> f64 {
+    trials.iter().map(&of).fold(at(whole, trials, &of), f64::max)
+}
+
 /// Seconds of a step, and of these the wait for images. `cores` are those that loader and step share; 0 if the step is
 /// computed elsewhere.
 ///
@@ -120,7 +126,7 @@ fn at(whole: Extent, trials: &[Trial], of: impl Fn(&Trial) -> f64) -> f64 {
 fn step_seconds(whole: Extent, trials: &[Trial], batch_size: usize, threads: usize, cores: usize) -> (f64, f64) {
     const HARDLY: f64 = 0.1;
     let share = |trial: &Trial| trial.waited_seconds / trial.step_seconds;
-    let line = at(whole, trials, |trial| trial.step_seconds);
+    let line = seconds_at(whole, trials, |trial| trial.step_seconds);
     let slowest = trials.iter().max_by(|a, b| share(a).total_cmp(&share(b))).expect("a trial");
     let shares_all = cores > 0 && threads >= cores;
     if trials.len() == 1 || share(slowest) < HARDLY || threads == 0 || shares_all {
@@ -128,7 +134,7 @@ fn step_seconds(whole: Extent, trials: &[Trial], batch_size: usize, threads: usi
         return (line, waits.clamp(0.0, line));
     }
     let loading = slowest.step_seconds / slowest.batch_size as f64 * batch_size as f64;
-    let alone = at(whole, trials, |trial| trial.step_seconds - trial.waited_seconds);
+    let alone = seconds_at(whole, trials, |trial| trial.step_seconds - trial.waited_seconds);
     let taken = if cores > 0 { threads as f64 / cores as f64 } else { 0.0 };
     let step = loading.max((1.0 - taken) * alone + taken * loading);
     (step, (step - alone).max(0.0))
@@ -249,6 +255,17 @@ mod tests {
         assert_eq!(further(extent(12, 16), &trial(2, 2), 0.0, None), [extent(4, 2), extent(2, 4), extent(4, 4)]);
         assert_eq!(further(extent(2, 16), &trial(2, 2), 0.0, None), [extent(2, 4)]);
         assert!(further(extent(2, 2), &trial(2, 2), 0.0, None).is_empty());
+    }
+
+    #[test]
+    fn a_trial_that_was_held_up_does_not_make_the_whole_faster_than_itself() {
+        let whole = Extent { blocks: 24, parts: 1 };
+        for waited in [0.0, 30.0] {
+            let mut held_up = trial(2, 1);
+            (held_up.step_seconds, held_up.waited_seconds) = (60.0, waited);
+            let (step, waits) = step_seconds(whole, &[held_up, trial(4, 1)], 3, 1, 2);
+            assert!(step >= 60.0 && (0.0..=step).contains(&waits), "{step} s, of these {waits}");
+        }
     }
 
     #[test]
