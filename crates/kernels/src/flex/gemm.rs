@@ -142,10 +142,6 @@ unsafe fn call(
     b: Matrix,
     threads: Threads,
 ) {
-    let tiles = match threads {
-        Threads::Pool if a.rows * b.cols * a.cols >= LEAST_SHARED_WORK => tiles(a.rows, b.cols),
-        _ => vec![(0..a.rows, 0..b.cols)],
-    };
     let out = Shared(out);
     let tile = |(rows, cols): (Range<usize>, Range<usize>)| {
         let (a, b) = (a.rows_of(&rows), b.t().rows_of(&cols).t());
@@ -176,9 +172,11 @@ unsafe fn call(
             );
         }
     };
-    match <[_; 1]>::try_from(tiles) {
-        Ok([whole]) => tile(whole),
-        Err(tiles) => tiles.into_par_iter().for_each(tile),
+    match threads {
+        Threads::Pool if a.rows * b.cols * a.cols >= LEAST_SHARED_WORK => {
+            tiles(a.rows, b.cols).into_par_iter().for_each(tile);
+        }
+        _ => tile((0..a.rows, 0..b.cols)),
     }
 }
 
