@@ -7,7 +7,7 @@ use dinoxide_kernels::run_on;
 use dinoxide_model::{Architecture, Backbone, LayerFeatures, weights::host};
 use rayon::prelude::*;
 
-use crate::{EvaluationError, Features, LabeledFeatures};
+use crate::{EvaluationError, Features, LabeledFeatures, Token};
 
 /// How features are extracted.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,6 +47,32 @@ impl Extracted {
     /// Never: [`extract`] refuses to extract no block.
     pub fn last_cls(&self) -> &Features {
         self.cls.last().expect("at least one block")
+    }
+
+    /// One feature vector per image: the CLS token of the last block, the mean patch token, or several of them side by side,
+    /// each divided by its norm, so that none outweighs the others in a cosine.
+    ///
+    /// # Shapes
+    /// `[n, D]` for one token, `[n, tokens·D]` for several.
+    ///
+    /// # Errors
+    /// If no token is asked for, or one that is not extracted here.
+    pub fn image_features(&self, tokens: &[Token]) -> Result<Features, EvaluationError> {
+        let of = |token: &Token| match token {
+            Token::Cls => Ok(self.last_cls()),
+            Token::PatchMean => Ok(&self.patch_mean),
+            Token::PatchGem | Token::Patches => Err(EvaluationError::Extraction {
+                message: format!("an image is described by `cls` and `patch_mean`, not by {token:?}"),
+            }),
+        };
+        match tokens {
+            [token] => of(token).cloned(),
+            several => {
+                let parts: Result<Vec<Features>, _> =
+                    several.iter().map(|t| of(t).map(Features::l2_normalized)).collect();
+                Features::concat(&parts?.iter().collect::<Vec<_>>())
+            }
+        }
     }
 
     /// `features`, which must be of these rows, with the labels of the source.
@@ -187,5 +213,31 @@ impl Extraction {
             return Err(extraction("a forward of 0 images".into()));
         }
         Ok((transform, (depth - self.last_blocks..depth).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_tokens_are_each_of_length_one_and_side_by_side() {
+        let of = |values: &[f32]| Features::new(2, values.len() / 2, values.to_vec()).unwrap();
+        let found = Extracted {
+            cls: vec![of(&[9.0, 9.0, 9.0, 9.0]), of(&[3.0, 4.0, 0.0, 0.5])],
+            patch_mean: of(&[0.0, 0.0, 2.0, -6.0, 0.0, 8.0]),
+            indices: vec![5, 2],
+            rejected: Vec::new(),
+        };
+        // One alone stays as it is: a cosine does not see its length, a regression may.
+        assert_eq!(found.image_features(&[Token::Cls]).unwrap(), of(&[3.0, 4.0, 0.0, 0.5]));
+        assert_eq!(found.image_features(&[Token::PatchMean]).unwrap(), found.patch_mean);
+        let both = found.image_features(&[Token::Cls, Token::PatchMean]).unwrap();
+        assert_eq!(both, of(&[0.6, 0.8, 0.0, 0.0, 1.0, 0.0, 1.0, -0.6, 0.0, 0.8]));
+        let turned = found.image_features(&[Token::PatchMean, Token::Cls]).unwrap();
+        assert_eq!(turned.row(0), [0.0, 0.0, 1.0, 0.6, 0.8]);
+        for tokens in [&[][..], &[Token::Cls, Token::Patches], &[Token::PatchGem]] {
+            assert!(found.image_features(tokens).is_err(), "{tokens:?}");
+        }
     }
 }

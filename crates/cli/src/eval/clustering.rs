@@ -1,14 +1,16 @@
 //! `dinoxide eval clustering`.
 
-use dinoxide_evaluation::{KMeansConfig, LabeledFeatures, Token, clustering};
+use dinoxide_evaluation::{KMeansConfig, LabeledFeatures, clustering};
 
-use super::common::{Frozen, Metric, Outcome, Set};
+use super::common::{Frozen, Metric, Outcome, Set, Tokens};
 
 #[derive(clap::Args)]
 pub(crate) struct Task {
     /// Images of known classes: a folder per class, or `synthetic`
     #[arg(long, value_name = "DIR")]
     data: String,
+    #[command(flatten)]
+    tokens: Tokens,
     /// Leave out images whose file name matches, or with a slash in it, whose path; may be given several times
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
@@ -35,9 +37,10 @@ impl super::common::Task for Task {
         let config = KMeansConfig { clusters, restarts, max_iterations, seed };
         let classes = set.source.classes().len();
         config.validate(set.source.len(), classes)?;
+        let tokens = self.tokens.chosen();
         let found = frozen.features(&set)?;
-        let data: LabeledFeatures = found.labeled(found.last_cls(), &*set.source)?;
-        let source = frozen.source("", &set.name, vec![Token::Cls], 1);
+        let data: LabeledFeatures = found.labeled(&found.image_features(&tokens)?, &*set.source)?;
+        let source = frozen.source("", &set.name, tokens, 1);
         let report = clustering(&data, &source, &config, &frozen.device)?;
         let scores = &report.scores;
         let shown = format!("{} images of {classes} classes in {} clusters", data.rows(), scores.clusters);

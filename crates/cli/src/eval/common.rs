@@ -49,6 +49,37 @@ impl Crops {
     }
 }
 
+/// What stands for an image.
+#[derive(clap::Args)]
+pub(crate) struct Tokens {
+    /// What stands for an image; with several, each is divided by its norm and they are put side by side
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "cls")]
+    tokens: Vec<ImageToken>,
+}
+
+/// A token that can stand for an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+enum ImageToken {
+    /// The CLS token
+    Cls,
+    /// The mean of the patch tokens
+    Mean,
+}
+
+impl Tokens {
+    /// In one order, each once.
+    pub(crate) fn chosen(&self) -> Vec<Token> {
+        let mut chosen = self.tokens.clone();
+        chosen.sort_unstable();
+        chosen.dedup();
+        let token = |token| match token {
+            ImageToken::Cls => Token::Cls,
+            ImageToken::Mean => Token::PatchMean,
+        };
+        chosen.into_iter().map(token).collect()
+    }
+}
+
 /// Where results go.
 #[derive(clap::Args)]
 pub(crate) struct Output {

@@ -1,9 +1,9 @@
 //! `dinoxide eval knn`.
 
-use dinoxide_evaluation::{FewShot, KnnConfig, Token, knn, spectrum};
+use dinoxide_evaluation::{FewShot, KnnConfig, knn, spectrum};
 use serde_json::json;
 
-use super::common::{Frozen, Metric, Outcome, Pair, Sets, between};
+use super::common::{Frozen, Metric, Outcome, Pair, Sets, Tokens, between};
 use crate::Usage;
 use crate::table::table;
 
@@ -11,6 +11,8 @@ use crate::table::table;
 pub(crate) struct Task {
     #[command(flatten)]
     sets: Sets,
+    #[command(flatten)]
+    tokens: Tokens,
     /// Numbers of neighbours, all scored in one pass
     #[arg(long, value_name = "K", value_delimiter = ',', default_values_t = [10, 20, 100, 200])]
     k: Vec<usize>,
@@ -38,8 +40,9 @@ impl super::common::Task for Task {
         let config = KnnConfig { k: self.k.clone(), temperature: self.temperature, skip_first: false, few_shot };
         config.validate(pair.train.source.len())?;
         self.check_shots(&pair)?;
-        let (train, val) = pair.labeled(frozen, |found| Ok(found.last_cls().clone()))?;
-        let source = frozen.source(&self.sets.train, &self.sets.val, vec![Token::Cls], 1);
+        let tokens = self.tokens.chosen();
+        let (train, val) = pair.labeled(frozen, |found| Ok(found.image_features(&tokens)?))?;
+        let source = frozen.source(&self.sets.train, &self.sets.val, tokens, 1);
         let report = knn(&train, &val, &source, &config, &frozen.device)?;
         let rank = spectrum(val.features(), &source, false)?.scores;
         let chance = 100.0 / pair.classes() as f64;

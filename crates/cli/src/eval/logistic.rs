@@ -1,14 +1,16 @@
 //! `dinoxide eval logistic`.
 
-use dinoxide_evaluation::{LogisticConfig, Selection, Token, logistic};
+use dinoxide_evaluation::{LogisticConfig, Selection, logistic};
 
-use super::common::{Frozen, Metric, Outcome, Pair, Sets, between};
+use super::common::{Frozen, Metric, Outcome, Pair, Sets, Tokens, between};
 use crate::table::table;
 
 #[derive(clap::Args)]
 pub(crate) struct Task {
     #[command(flatten)]
     sets: Sets,
+    #[command(flatten)]
+    tokens: Tokens,
     /// Weights of the data against the penalty, ascending; default: the references' 45 from 1e-6 to 1e5
     #[arg(long, value_name = "C", value_delimiter = ',')]
     c: Vec<f64>,
@@ -47,8 +49,9 @@ impl super::common::Task for Task {
             ..default
         };
         config.validate()?;
-        let (train, val) = pair.labeled(frozen, |found| Ok(found.last_cls().clone()))?;
-        let source = frozen.source(&self.sets.train, &self.sets.val, vec![Token::Cls], 1);
+        let tokens = self.tokens.chosen();
+        let (train, val) = pair.labeled(frozen, |found| Ok(found.image_features(&tokens)?))?;
+        let source = frozen.source(&self.sets.train, &self.sets.val, tokens, 1);
         let log = &mut frozen.log;
         log.bar(config.c.len() as u64 + 1, 0, "{bar:28} logistic regressions {pos}/{len}");
         let report = logistic(&train, &val, &source, &config, &mut |done, _| log.set(done as u64, String::new()));

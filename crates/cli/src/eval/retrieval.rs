@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use dinoxide_data::{ReadError, Source};
-use dinoxide_evaluation::{Extracted, GroundTruth, LabeledFeatures, RetrievalConfig, Token, retrieval, revisited};
+use dinoxide_evaluation::{Extracted, GroundTruth, LabeledFeatures, RetrievalConfig, retrieval, revisited};
 use image::RgbImage;
 
-use super::common::{Frozen, Metric, Outcome, Set};
+use super::common::{Frozen, Metric, Outcome, Set, Tokens};
 use crate::Usage;
 
 #[derive(clap::Args)]
@@ -16,6 +16,8 @@ pub(crate) struct Task {
     /// Images to search, in a folder per class or instance. Without `--queries`, each is a query in turn
     #[arg(long, value_name = "DIR")]
     data: String,
+    #[command(flatten)]
+    tokens: Tokens,
     /// Images to search for, in folders of the same names
     #[arg(long, value_name = "DIR")]
     queries: Option<String>,
@@ -64,9 +66,10 @@ impl Task {
         let gallery_labels = instances.labels(&gallery)?;
         let query_labels = queries.as_ref().map(|queries| instances.labels(queries)).transpose()?;
         let count = instances.numbers.len();
+        let tokens = self.tokens.chosen();
         let labeled = |found: &Extracted, labels: &[u32]| {
             let labels = found.indices.iter().map(|&index| labels[index]).collect();
-            LabeledFeatures::new(found.last_cls().clone(), labels, count)
+            LabeledFeatures::new(found.image_features(&tokens)?, labels, count)
         };
         let searched = labeled(&*frozen.features(&gallery)?, &gallery_labels)?;
         let asked = match (&queries, query_labels) {
@@ -77,7 +80,7 @@ impl Task {
             Some(queries) => (gallery.name.as_str(), queries.name.as_str()),
             None => ("", gallery.name.as_str()),
         };
-        let source = frozen.source(train, val, vec![Token::Cls], 1);
+        let source = frozen.source(train, val, tokens.clone(), 1);
         let report = retrieval(&searched, asked.as_ref(), &source, &config, &frozen.device)?;
         let scores = &report.scores;
         let mut data = format!("{} queries among {} images, {count} instances", scores.queries, searched.rows());
@@ -117,8 +120,10 @@ impl Task {
             return Err(wrong(&format!("image `{}` cannot be read: {}", missing.id, missing.reason)).into());
         }
         let [found, asked] = features;
-        let source = frozen.source(&gallery.name, &queries.name, vec![Token::Cls], 1);
-        let report = revisited(found.last_cls(), asked.last_cls(), &truth, &source, &frozen.device)?;
+        let tokens = self.tokens.chosen();
+        let [found, asked] = [found.image_features(&tokens)?, asked.image_features(&tokens)?];
+        let source = frozen.source(&gallery.name, &queries.name, tokens, 1);
+        let report = revisited(&found, &asked, &truth, &source, &frozen.device)?;
         let data = format!("{} queries among {} images", truth.qimlist.len(), truth.imlist.len());
         let mut outcome = Outcome::new("retrieval", data, &report)?;
         for scores in &report.scores.by_difficulty {

@@ -149,3 +149,66 @@ fn features_that_are_not_finite_are_refused_with_the_image() {
     }
     assert!(!place.path("nan-features.safetensors").exists() && !place.path("nan-features.csv").exists());
 }
+
+/// Of neighbours by cosine of the given features: the share of the 9 val images whose nearest of 24 train images is of their
+/// class, and whose other val images of their class (two) are the two nearest of the other eight.
+fn nearest(train: &[Vec<f32>], val: &[Vec<f32>]) -> (f64, f64) {
+    let cosine = |a: &[f32], b: &[f32]| {
+        let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+        dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+    };
+    let (mut right, mut recalled) = (0, 0);
+    for (row, query) in val.iter().enumerate() {
+        let best = |rows: &mut dyn Iterator<Item = (usize, &Vec<f32>)>| {
+            rows.max_by(|a, b| cosine(query, a.1).total_cmp(&cosine(query, b.1))).expect("a row").0
+        };
+        right += usize::from(best(&mut train.iter().enumerate()) / 8 == row / 3);
+        recalled += usize::from(best(&mut val.iter().enumerate().filter(|(other, _)| *other != row)) / 3 == row / 3);
+    }
+    (100.0 * right as f64 / 9.0, 100.0 * recalled as f64 / 9.0)
+}
+
+#[test]
+fn knn_and_retrieval_by_any_tokens_find_what_the_written_features_say() {
+    let place = place();
+    let weights = ["--weights", "run/teacher.safetensors"];
+    for set in ["train", "val"] {
+        let to = format!("{set}.safetensors");
+        let args = ["--data", set, "--tokens", "cls,mean", "--normalize", "--output", &to];
+        place.run(&[&["embed"][..], &weights, &args].concat()).succeeded();
+    }
+    let (train, val) = (tensors(&place, "train.safetensors"), tensors(&place, "val.safetensors"));
+    let rows = |of: &BTreeMap<String, (Vec<usize>, Vec<f32>)>, names: &[&str]| -> Vec<Vec<f32>> {
+        let count = of["cls"].0[0];
+        let row = |row: usize| names.iter().flat_map(|name| of[*name].1[row * 32..][..32].to_vec()).collect();
+        (0..count).map(row).collect()
+    };
+    let mut ranks = Vec::new();
+    for (given, names, stamped) in [
+        ("cls", &["cls"][..], serde_json::json!(["cls"])),
+        ("mean", &["mean"], serde_json::json!(["patch_mean"])),
+        ("mean,cls,mean", &["cls", "mean"], serde_json::json!(["cls", "patch_mean"])),
+    ] {
+        let (right, recalled) = nearest(&rows(&train, names), &rows(&val, names));
+        let knn = crate::eval::eval(&place, "knn", &["--k", "1", "--tokens", given, "--json"]).succeeded().stdout;
+        let knn = crate::eval::one_object(&knn);
+        assert!((knn["scores"]["by_k"][0]["top1"].as_f64().expect("a score") - right).abs() < 1e-9, "{given}: {knn}");
+        assert_eq!(knn["protocol"]["features"][0]["tokens"], stamped);
+        ranks.push(knn["effective_rank"].as_f64().expect("a rank"));
+        let args = [&["eval", "retrieval"][..], &weights, &["--data", "val", "--k", "1", "--tokens", given, "--json"]];
+        let retrieval = crate::eval::one_object(&place.run(&args.concat()).succeeded().stdout);
+        let recall = retrieval["scores"]["recall"][0]["recall"].as_f64().expect("a recall");
+        assert!((recall - recalled).abs() < 1e-9, "{given}: {retrieval}");
+        assert_eq!(retrieval["protocol"]["features"][0]["tokens"], stamped);
+    }
+    assert!(ranks[0] != ranks[1] && ranks[1] != ranks[2], "other features have another rank: {ranks:?}");
+    for task in ["clustering", "logistic"] {
+        let data = if task == "clustering" { &["--data", "val"][..] } else { &["--train", "train", "--val", "val"] };
+        let of = |given: &str| {
+            let args = [&["eval", task][..], &weights, data, &["--tokens", given, "--json"]].concat();
+            crate::eval::one_object(&place.run(&args).succeeded().stdout)["protocol"]["features"][0]["tokens"].clone()
+        };
+        assert_eq!(of("cls,mean"), serde_json::json!(["cls", "patch_mean"]), "{task}");
+    }
+    crate::eval::eval(&place, "knn", &["--tokens", "patches"]).failed(2, &["invalid value 'patches' for '--tokens"]);
+}
