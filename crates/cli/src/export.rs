@@ -13,7 +13,8 @@ use crate::{Usage, terminal};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Weights of any kind that `inspect` shows: a run's `teacher.safetensors`, a `.pth` file, a Hugging Face folder
+    /// Weights of any kind that `inspect` shows: a run's `teacher.safetensors`, one of its checkpoints, a `.pth` file, a Hugging
+    /// Face folder
     #[arg(long, value_name = "PATH")]
     weights: PathBuf,
     /// What to write

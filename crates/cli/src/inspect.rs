@@ -13,7 +13,8 @@ use crate::terminal;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A weight file or folder: a run's `teacher.safetensors`, a `.pth` file, a Hugging Face folder, a timm file
+    /// A weight file or folder: a run's `teacher.safetensors`, one of its checkpoints, a `.pth` file, a Hugging Face folder, a
+    /// timm file
     #[arg(value_name = "PATH")]
     file: PathBuf,
     /// Print one JSON object on stdout and nothing else there

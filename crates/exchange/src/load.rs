@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::Device;
-use dinoxide_model::weights::{AssemblyError, Description, Provenance, assemble};
+use dinoxide_model::weights::{AssemblyError, Description, Provenance, Weight, assemble, reference_name};
 use dinoxide_model::{Architecture, Backbone, Fingerprint};
 use serde_json::Value;
 
@@ -81,7 +81,7 @@ const MAX_CHANNELS: usize = 1024;
 pub fn load(path: &Path, device: &Device) -> Result<Loaded, ExchangeError> {
     let source = Source::open(path)?;
     let bad = |reason: String| ExchangeError::unreadable(path, reason);
-    let Selection { names, inner, mut notes } = select(&source).map_err(bad)?;
+    let Selection { names, inner, of_run, mut notes } = select(&source).map_err(bad)?;
     let exact = inner.values().all(|name| source.tensors[name].element == Element::F32);
     let tensors = read(&source, &inner).map_err(bad)?;
 
@@ -114,6 +114,10 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded, ExchangeError> {
         && let Architecture::Vit(config) = &description.architecture
     {
         reference::fold_buffers(&mut tensors, config.mask_k_bias).map_err(bad)?;
+    }
+    if of_run {
+        let renamed = |(name, weight): (String, Weight)| (reference_name(&description.architecture, &name), weight);
+        tensors = tensors.into_iter().map(renamed).collect();
     }
     let channels = description.architecture.in_channels();
     if channels > MAX_CHANNELS {
@@ -151,6 +155,8 @@ struct Selection {
     names: Names,
     /// Their names without what is around them, each with the name in the file.
     inner: BTreeMap<String, String>,
+    /// Whether it is a checkpoint of ours, whose names are those of the parameters.
+    of_run: bool,
     /// What is left out.
     notes: Vec<String>,
 }
@@ -164,10 +170,13 @@ fn select(source: &Source) -> Result<Selection, String> {
             return Err(format!("`{other}` and `{name}` are the same tensor but for wrappers around it"));
         }
     }
-    if clean.keys().any(|name| name.starts_with("adam_m.")) {
-        return Err("the state of a training run: student, teacher and optimizer\n\nhint: the backbone is \
-            `teacher.safetensors` in the run directory"
-            .to_owned());
+    let of_run = clean.keys().any(|name| name.starts_with("adam_m."));
+    if of_run && source.description.is_none() {
+        return Err(
+            "the state of a training run, of a version that did not describe its backbone\n\nhint: the newest \
+            backbone is `teacher.safetensors` in the run directory"
+                .to_owned(),
+        );
     }
     let mut candidates: Vec<(usize, String, Names)> = Vec::new();
     for (anchor, names) in ANCHORS {
@@ -213,11 +222,15 @@ fn select(source: &Source) -> Result<Selection, String> {
             }
         }
     }
-    let notes = left_out.into_iter().map(|(what, count)| {
+    let note = |(what, count): (String, usize)| {
         let tensors = if count == 1 { "1 tensor".to_owned() } else { format!("{count} tensors") };
         format!("left out: `{what}`, {tensors}")
-    });
-    Ok(Selection { names, inner, notes: notes.collect() })
+    };
+    let notes = match of_run {
+        true => vec!["a run's checkpoint: its teacher; left out: student, heads and optimizer".to_owned()],
+        false => left_out.into_iter().map(note).collect(),
+    };
+    Ok(Selection { names, inner, of_run, notes })
 }
 
 /// Which of several backbones is meant: the teacher, then the one that is there alone, and the student last.

@@ -12,6 +12,9 @@ use serde_json::Value;
 
 use crate::{ExchangeError, pytorch, safetensors_file};
 
+/// The file with tensors in a checkpoint of a run.
+const STATE: &str = "state.safetensors";
+
 /// Largest configuration file read; they have a few kilobytes.
 const MAX_CONFIG: u64 = 1 << 20;
 
@@ -128,7 +131,7 @@ impl Source {
 
     fn open_folder(folder: &Path) -> Result<Self, ExchangeError> {
         let index = folder.join("model.safetensors.index.json");
-        let single = ["model.safetensors", "pytorch_model.bin"].map(|name| folder.join(name));
+        let single = ["model.safetensors", "pytorch_model.bin", STATE].map(|name| folder.join(name));
         let mut source = if let Some(path) = single.iter().find(|path| path.is_file()) {
             let mut source = Self::open_file(path)?;
             source.container = format!("folder with {}", source.container);

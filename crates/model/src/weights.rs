@@ -200,6 +200,12 @@ pub struct Description {
 }
 
 impl Description {
+    /// With the fingerprint of this backbone.
+    #[must_use]
+    pub fn of(&self, backbone: &Backbone) -> Self {
+        Self { fingerprint: Fingerprint::of(backbone), ..self.clone() }
+    }
+
     /// The metadata of a file with this description.
     ///
     /// # Panics
@@ -255,7 +261,7 @@ impl Provenance {
 pub const DESCRIPTION_KEY: &str = "dinoxide";
 
 /// The name a parameter has in the reference's checkpoints; they differ from ours for one token.
-fn reference_name(architecture: &Architecture, name: &str) -> String {
+pub fn reference_name(architecture: &Architecture, name: &str) -> String {
     match architecture {
         Architecture::Vit(config) if config.rope.is_some() && name == "register_tokens" => "storage_tokens".to_owned(),
         _ => name.to_owned(),
@@ -313,8 +319,7 @@ pub fn reference_tensors(backbone: &Backbone) -> BTreeMap<String, Weight> {
 /// # Panics
 /// If a parameter cannot be read back from the device.
 pub fn backbone_file(backbone: &Backbone, description: &Description) -> WeightFile {
-    let description = Description { fingerprint: Fingerprint::of(backbone), ..description.clone() };
-    WeightFile { tensors: reference_tensors(backbone), metadata: description.metadata() }
+    WeightFile { tensors: reference_tensors(backbone), metadata: description.of(backbone).metadata() }
 }
 
 /// The values of a flat tensor on the host.

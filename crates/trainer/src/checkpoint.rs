@@ -1,8 +1,9 @@
 //! Checkpoints: all of a run's state, written so that a crash or a full disk never costs the previous one.
 //!
-//! `checkpoints/step-000500/` holds `state.safetensors` (weights of student and teacher, moments, centers, by name) and
-//! `manifest.json` (counters, the list of unreadable images, the state file's length and CRC-32). The folder is written
-//! under another name, synced and renamed. Loading takes the newest one that is whole.
+//! `checkpoints/step-000500/` holds `state.safetensors` (weights of student and teacher, moments, centers, by name; in its
+//! header the description of the teacher's backbone, so that it can be evaluated like any weight file) and `manifest.json`
+//! (counters, the list of unreadable images, the state file's length and CRC-32). The folder is written under another name,
+//! synced and renamed. Loading takes the newest one that is whole.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,7 +14,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_data::BadImages;
 use dinoxide_model::parameters;
-use dinoxide_model::weights::{Weight, WeightFile, host, write_atomically, write_atomically_with, write_tensors};
+use dinoxide_model::weights::{
+    Description, Weight, WeightFile, host, write_atomically, write_atomically_with, write_tensors,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
@@ -59,16 +62,22 @@ fn name(step: u64) -> String {
     format!("{PREFIX}{step:06}")
 }
 
-/// Writes the state as `folder/step-NNNNNN` and removes all but the newest `keep` checkpoints. Those of later steps go too:
+/// Writes the state as `folder/step-NNNNNN`, with the description of the teacher's backbone, and removes all but the newest `keep` checkpoints. Those of later steps go too:
 /// the run would have gone on from them had they been whole.
 ///
 /// # Errors
 /// Whatever the file system says. Earlier checkpoints are untouched then, and nothing half-written stays.
-pub fn save(folder: &Path, state: &TrainState, progress: &Progress, keep: usize) -> Result<PathBuf, TrainError> {
+pub fn save(
+    folder: &Path,
+    state: &TrainState,
+    teacher: &Description,
+    progress: &Progress,
+    keep: usize,
+) -> Result<PathBuf, TrainError> {
     fs::create_dir_all(folder).map_err(TrainError::io(folder))?;
     let unfinished = folder.join(format!("{UNFINISHED}{}", name(progress.step)));
     let target = folder.join(name(progress.step));
-    let written = write(&unfinished, state, progress).and_then(|()| {
+    let written = write(&unfinished, state, teacher, progress).and_then(|()| {
         if target.exists() {
             fs::remove_dir_all(&target)?;
         }
@@ -107,7 +116,7 @@ pub fn remove_unfinished(folder: &Path) -> Result<(), TrainError> {
     Ok(())
 }
 
-fn write(folder: &Path, state: &TrainState, progress: &Progress) -> std::io::Result<()> {
+fn write(folder: &Path, state: &TrainState, teacher: &Description, progress: &Progress) -> std::io::Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder)?;
     }
@@ -118,7 +127,7 @@ fn write(folder: &Path, state: &TrainState, progress: &Progress) -> std::io::Res
     write_atomically_with(&folder.join("state.safetensors"), |out| {
         let mut out = Counted { out, bytes: &mut bytes, checksum: &mut checksum };
         // One tensor at a time on the host: copies of all of them would be the largest memory of a run.
-        write_tensors(&mut out, &BTreeMap::new(), &shapes, |name| Cow::Owned(host(tensors[name].1.clone())))
+        write_tensors(&mut out, &teacher.metadata(), &shapes, |name| Cow::Owned(host(tensors[name].1.clone())))
     })?;
     let manifest = Manifest {
         progress: progress.clone(),
@@ -381,6 +390,7 @@ fn put(state: &mut TrainState, manifest: &Manifest, mut file: WeightFile, device
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dinoxide_model::weights::Provenance;
     use dinoxide_model::{HeadConfig, ModelConfig};
     use dinoxide_random::{Purpose, stream};
 
@@ -401,8 +411,14 @@ mod tests {
         TrainState::new(&config.resolve(16).expect("sizes fit"), &head, None, &optim, &loss, &Device::flex(), &mut rng)
     }
 
+    fn description() -> Description {
+        let architecture = state().teacher.backbone.architecture();
+        let provenance = Provenance::default();
+        Description { architecture, image_size: 16, mean: [0.5; 3], std: [0.5; 3], provenance, fingerprint: None }
+    }
+
     fn save_at(folder: &Path, step: u64, keep: usize) -> PathBuf {
-        save(folder, &state(), &Progress { step, ..Progress::default() }, keep).expect("a checkpoint")
+        save(folder, &state(), &description(), &Progress { step, ..Progress::default() }, keep).expect("a checkpoint")
     }
 
     fn steps(folder: &Path) -> Vec<u64> {
@@ -459,7 +475,7 @@ mod tests {
         let mut other = state();
         other.cls_center.value = Tensor::zeros([1, 6], &Device::flex());
         // The one before it would fit.
-        save(folder, &other, &Progress { step: 4, ..Progress::default() }, 3).expect("a checkpoint");
+        save(folder, &other, &description(), &Progress { step: 4, ..Progress::default() }, 3).expect("a checkpoint");
         save_at(folder, 8, 3);
         let error = load_newest(folder, &mut other, &Device::flex()).expect_err("another shape").to_string();
         assert!(error.ends_with("step-000008: `dino_loss.center` is [5], the recipe's is [6]"), "{error}");

@@ -281,7 +281,8 @@ impl<'a> Run<'a> {
     fn save(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
         self.progress.seconds = self.clock.seconds();
         let folder = self.directory.join("checkpoints");
-        let path = checkpoint::save(&folder, &self.state, &self.progress, self.config.run.keep_checkpoints)?;
+        let teacher = self.description().of(&self.state.teacher.backbone);
+        let path = checkpoint::save(&folder, &self.state, &teacher, &self.progress, self.config.run.keep_checkpoints)?;
         self.saved = Some(self.state.step);
         self.export()?;
         watch(Event::Checkpoint(&path));
@@ -299,10 +300,10 @@ impl<'a> Run<'a> {
         self.last.iter().filter(|_| self.evaluated == Some(self.progress.step)).map(of).collect()
     }
 
-    /// Writes the teacher's backbone.
-    fn export(&self) -> Result<PathBuf, TrainError> {
+    /// What weight files say of the teacher's backbone.
+    fn description(&self) -> Description {
         let config = self.config;
-        let description = Description {
+        Description {
             architecture: self.plan.backbone.clone(),
             image_size: config.augmentation.global_crop_size,
             mean: config.augmentation.mean,
@@ -316,9 +317,13 @@ impl<'a> Run<'a> {
                 scores: self.scores(),
             },
             fingerprint: None,
-        };
+        }
+    }
+
+    /// Writes the teacher's backbone.
+    fn export(&self) -> Result<PathBuf, TrainError> {
         let path = self.directory.join("teacher.safetensors");
-        backbone_file(&self.state.teacher.backbone, &description).write(&path).map_err(TrainError::io(&path))?;
+        backbone_file(&self.state.teacher.backbone, &self.description()).write(&path).map_err(TrainError::io(&path))?;
         Ok(path)
     }
 

@@ -81,6 +81,10 @@ fn a_convnext_trains_resumes_bit_for_bit_is_evaluated_and_exported() {
     let knn: Value = serde_json::from_str(&found.stdout).expect("an object");
     assert!(knn["scores"]["by_k"][0]["top1"].is_number(), "{knn}");
     assert_eq!(knn["effective_rank"].as_f64().map(|rank| (1.0..24.0).contains(&rank)), Some(true), "{knn}");
+    let checkpoint = ["eval", "knn", "--weights", "straight/checkpoints/step-000010", "--k", "5"];
+    let of_checkpoint = place.run(&[&checkpoint, &data[..]].concat()).succeeded().stdout;
+    let of_checkpoint: Value = serde_json::from_str(&of_checkpoint).expect("an object");
+    assert_eq!(of_checkpoint["effective_rank"], knn["effective_rank"]);
     let linear = ["eval", "linear", "--weights", weights, "--iterations", "5", "--samples", "8"];
     let found = place.run(&[&linear, &data[..]].concat()).succeeded();
     let linear: Value = serde_json::from_str(&found.stdout).expect("an object");

@@ -1,5 +1,6 @@
 //! `dinoxide eval`, `dinoxide inspect` and `dinoxide export`.
 
+use safetensors::SafeTensors;
 use serde_json::Value;
 
 use crate::support::{Finished, Workplace};
@@ -123,7 +124,11 @@ fn files_that_are_no_backbone_are_named() {
     place.write("empty.safetensors", "");
     place.write("half.safetensors", &whole[..whole.len() / 2]);
     place.write("header.safetensors", &whole[..40]);
-    let state = "run/checkpoints/step-000010/state.safetensors";
+    // The state of a run as it was before it described its backbone.
+    let described = place.read("run/checkpoints/step-000010/state.safetensors");
+    let file = SafeTensors::deserialize(&described).expect("safetensors");
+    place.write("state.safetensors", safetensors::serialize(file.iter(), None).expect("bytes"));
+    let state = "state.safetensors";
     let cases = [
         ("text.safetensors", "not a readable safetensors file"),
         ("empty.safetensors", "not a readable safetensors file"),
@@ -131,7 +136,7 @@ fn files_that_are_no_backbone_are_named() {
         ("header.safetensors", "not a readable safetensors file"),
         ("missing.safetensors", ""),
         ("train", ""),
-        (state, "the state of a training run: student, teacher and optimizer"),
+        (state, "the state of a training run, of a version that did not describe its backbone"),
     ];
     for (file, reason) in cases {
         let parts = [&format!("error: {file}: "), reason];
@@ -141,6 +146,46 @@ fn files_that_are_no_backbone_are_named() {
         let args = ["eval", "knn", "--weights", file, "--train", "train", "--val", "val", "--json"];
         place.run(&args).failed(code, &parts);
     }
+}
+
+/// Of a ViT with RoPE and registers, which have another name in weight files.
+#[test]
+fn a_checkpoint_is_its_teacher() {
+    let place = Workplace::new();
+    place.write_classes("train", &["cat", "dog", "owl"], 8);
+    place.write_classes("val", &["cat", "dog", "owl"], 3);
+    let sets = ["model.register_tokens=2", "run.checkpoint_every=5 steps", "run.keep_checkpoints=2"];
+    place.train("run", &sets.map(|set| ["--set", set]).concat()).succeeded();
+    let measured = |weights: &str| {
+        let args = ["eval", "knn", "--weights", weights, "--train", "train", "--val", "val", "--k", "5", "--json"];
+        let Finished { stdout, stderr, .. } = place.run(&args).succeeded();
+        let result = one_object(&stdout);
+        let of = |key: &str| result[key].clone();
+        ((of("scores"), of("effective_rank"), result["provenance"]["steps"].clone()), stderr)
+    };
+    let (teacher, _) = measured("run/teacher.safetensors");
+    assert_eq!(teacher.2, 10);
+    let (last, stderr) = measured("run/checkpoints/step-000010");
+    assert_eq!(last, teacher);
+    assert!(stderr.contains("a run's checkpoint: its teacher; left out: student, heads and optimizer"), "{stderr}");
+    assert_eq!(measured("run/checkpoints/step-000010/state.safetensors").0, teacher);
+    let (earlier, _) = measured("run/checkpoints/step-000005");
+    assert!(earlier.2 == 5 && earlier.1 != teacher.1, "{earlier:?}");
+
+    // It is also what another run can begin with.
+    let init =
+        ["--set", "init.from=run/checkpoints/step-000005", "--set", "model.register_tokens=2", "--length", "0 steps"];
+    place.train("again", &init).succeeded();
+    assert_eq!(measured("again/teacher.safetensors").0.1, earlier.1);
+
+    // One bit of the teacher.
+    let mut bytes = place.read("run/checkpoints/step-000010/state.safetensors");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let tensor = file.tensor("teacher.backbone.norm.weight").expect("the final norm").data().as_ptr();
+    let at = tensor as usize - bytes.as_ptr() as usize;
+    bytes[at + 2] ^= 0x40;
+    place.write("flipped/state.safetensors", bytes);
+    place.run(&["inspect", "flipped"]).failed(1, &["error: flipped: the parameters are not those that were written"]);
 }
 
 #[test]
