@@ -62,8 +62,8 @@ fn name(step: u64) -> String {
     format!("{PREFIX}{step:06}")
 }
 
-/// Writes the state as `folder/step-NNNNNN`, with the description of the teacher's backbone, and removes all but the newest `keep` checkpoints. Those of later steps go too:
-/// the run would have gone on from them had they been whole.
+/// Writes the state as `folder/step-NNNNNN`, with the description of the teacher's backbone, and removes all but the newest
+/// `keep` checkpoints. Those of later steps go too: the run would have gone on from them had they been whole.
 ///
 /// # Errors
 /// Whatever the file system says. Earlier checkpoints are untouched then, and nothing half-written stays.

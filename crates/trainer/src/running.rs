@@ -7,7 +7,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use dinoxide_data::{Drawn, Source};
 use dinoxide_model::Precision;
-use dinoxide_model::weights::{Description, Provenance, Score, backbone_file};
+use dinoxide_model::weights::{Description, Provenance, Score, WeightFile, reference_tensors};
 
 use crate::batch::Batch;
 use crate::checkpoint::{self, Progress};
@@ -118,7 +118,7 @@ impl<'a> Run<'a> {
     /// What is due before the first step.
     pub(crate) fn evaluate_first(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
         if self.state.step == 0 {
-            self.export()?;
+            self.export(&self.description())?;
             if let Some(finding) = self.evaluate(watch)? {
                 self.progress.first_knn = Some(finding.knn.top1);
             }
@@ -281,10 +281,10 @@ impl<'a> Run<'a> {
     fn save(&mut self, watch: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
         self.progress.seconds = self.clock.seconds();
         let folder = self.directory.join("checkpoints");
-        let teacher = self.description().of(&self.state.teacher.backbone);
+        let teacher = self.description();
         let path = checkpoint::save(&folder, &self.state, &teacher, &self.progress, self.config.run.keep_checkpoints)?;
         self.saved = Some(self.state.step);
-        self.export()?;
+        self.export(&teacher)?;
         watch(Event::Checkpoint(&path));
         Ok(())
     }
@@ -300,10 +300,10 @@ impl<'a> Run<'a> {
         self.last.iter().filter(|_| self.evaluated == Some(self.progress.step)).map(of).collect()
     }
 
-    /// What weight files say of the teacher's backbone.
+    /// What weight files say of the teacher's backbone, with its fingerprint.
     fn description(&self) -> Description {
         let config = self.config;
-        Description {
+        let description = Description {
             architecture: self.plan.backbone.clone(),
             image_size: config.augmentation.global_crop_size,
             mean: config.augmentation.mean,
@@ -317,13 +317,16 @@ impl<'a> Run<'a> {
                 scores: self.scores(),
             },
             fingerprint: None,
-        }
+        };
+        description.of(&self.state.teacher.backbone)
     }
 
     /// Writes the teacher's backbone.
-    fn export(&self) -> Result<PathBuf, TrainError> {
+    fn export(&self, description: &Description) -> Result<PathBuf, TrainError> {
         let path = self.directory.join("teacher.safetensors");
-        backbone_file(&self.state.teacher.backbone, &self.description()).write(&path).map_err(TrainError::io(&path))?;
+        let tensors = reference_tensors(&self.state.teacher.backbone);
+        let file = WeightFile { tensors, metadata: description.metadata() };
+        file.write(&path).map_err(TrainError::io(&path))?;
         Ok(path)
     }
 
@@ -352,7 +355,7 @@ impl<'a> Run<'a> {
             seconds: trained,
             first_knn: self.progress.first_knn,
             last: self.last.clone(),
-            teacher: self.export()?,
+            teacher: self.export(&self.description())?,
             peak_memory_bytes: self.clock.peak_memory,
         })
     }
