@@ -102,11 +102,12 @@ fn report(source: &str, measured: &Measured) -> String {
     rows.push(row("step", whole));
     format!(
         "recipe      {source}\nparameters  {}\nspeed       {rate:.2} images/s ({lowest:.2} to {highest:.2}), median of {} steps of {} \
-         images\nmemory      {} at most\n\n{}",
+         images\nmemory      {} at most{}\n\n{}",
         count(measured.parameters as u64),
         measured.steps.len(),
         measured.batch_size,
         bytes(measured.peak_memory_bytes),
+        measured.device_memory_bytes.map_or(String::new(), |held| format!(", {} on the device", bytes(held))),
         table(&["", "ms", "share"], &rows)
     )
 }
@@ -119,6 +120,7 @@ fn json(measured: &Measured) -> serde_json::Value {
         "lowest": lowest,
         "highest": highest,
         "peak_bytes": measured.peak_memory_bytes,
+        "device_bytes": measured.device_memory_bytes,
         "seconds": parts.into_iter().collect::<std::collections::BTreeMap<_, _>>(),
     })
 }

@@ -1,4 +1,4 @@
-//! Backends agree: whole training steps on the CPU and on a GPU backend, compared number by number.
+//! Backends agree: single operations and whole training steps on the CPU and on a GPU backend, compared number by number.
 //!
 //! Needs the feature `wgpu` or `vulkan` and a driver; a software driver serves. `DINOXIDE_DEVICE` says which device:
 //! `wgpu:cpu` or `vulkan:cpu` for a software driver, `wgpu` or `vulkan` for the adapter that the backend prefers. Without it,
@@ -9,8 +9,12 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{Device, DeviceKind, Tensor, TensorData};
+use burn::tensor::{Device, DeviceKind, FloatDType, Tensor, TensorData};
 use dinoxide_augmentation::{MaskConfig, batch_masks};
+use dinoxide_kernels::{
+    Branch, Normalization, Precision, Projection, RopeTable, attention, feed_forward, layer_norm, linear,
+    selected_attention, self_attention,
+};
 use dinoxide_model::config::Position;
 use dinoxide_model::weights::host;
 use dinoxide_model::{Architecture, HeadConfig, ModelConfig, parameters};
@@ -125,14 +129,122 @@ fn other_device() -> Option<Device> {
     }
 }
 
-#[test]
-fn cpu_and_gpu_take_the_same_steps() {
-    let Some(device) = other_device() else {
+/// That device, or a line that says that there is nothing to compare with.
+fn device_or_skip() -> Option<Device> {
+    let device = other_device();
+    if device.is_none() {
         eprintln!(
             "SKIPPED: set DINOXIDE_DEVICE=wgpu:cpu, wgpu, vulkan:cpu or vulkan to compare the CPU with that device"
         );
-        return;
+    }
+    device
+}
+
+/// Width of tokens, heads, width of the hidden layer, crops and tokens of each, in the comparison of operations.
+const WIDTH: usize = 24;
+const HEADS: usize = 3;
+const HIDDEN: usize = 20;
+const CROPS: usize = 2;
+const TOKENS: usize = 7;
+
+/// The results of an operation, and the gradients of its inputs for a fixed gradient of the result.
+fn operation(name: &str, precision: Precision, device: &Device) -> Vec<Vec<f32>> {
+    let device = device.clone().autodiff();
+    let mut inputs: Vec<Tensor<1>> = Vec::new();
+    let mut input = |shape: &[usize]| {
+        let len = shape.iter().product();
+        let mut rng = stream(4, Purpose::Synthetic, inputs.len() as u64, 0);
+        let values: Vec<f32> = (0..len).map(|_| rng.random_range(-1.0..1.0)).collect();
+        inputs.push(Tensor::from_data(TensorData::new(values, [len]), &device).require_grad());
+        inputs[inputs.len() - 1].clone()
     };
+    let rows = CROPS * TOKENS;
+    let x = input(&[rows, WIDTH]).reshape([rows, WIDTH]);
+    let norm = Normalization { weight: input(&[WIDTH]), bias: input(&[WIDTH]), eps: 1e-6 };
+    let mut branch = |first: usize, inner: usize| Branch {
+        norm: norm.clone(),
+        first: Projection { weight: input(&[first, WIDTH]).reshape([first, WIDTH]), bias: Some(input(&[first])) },
+        last: Projection { weight: input(&[WIDTH, inner]).reshape([WIDTH, inner]), bias: Some(input(&[WIDTH])) },
+        gamma: Some(input(&[WIDTH])),
+        precision,
+        recompute: false,
+    };
+    let angles = |turn: fn(f32) -> f32| {
+        let values: Vec<f32> = (0..TOKENS * WIDTH / HEADS).map(|i| turn(i as f32 * 0.37)).collect();
+        Tensor::<2>::from_data(TensorData::new(values, [TOKENS, WIDTH / HEADS]), &device)
+    };
+    let rope = RopeTable { cos: angles(f32::cos), sin: angles(f32::sin) };
+    let crops = x.clone().reshape([CROPS, TOKENS, WIDTH]);
+    let y = match name {
+        "layer norm" => layer_norm(x, norm.weight.clone(), norm.bias.clone(), norm.eps),
+        "linear" => {
+            let Branch { first, .. } = branch(HIDDEN, HIDDEN);
+            linear(x, first.weight, first.bias, precision)
+        }
+        "self-attention" => {
+            let packed = Tensor::cat(vec![x.clone(), x.clone() * 0.5, x * -0.7], 1);
+            let packed = packed.reshape([CROPS, TOKENS, 3 * WIDTH]);
+            self_attention(packed, HEADS, Some(&rope), precision).reshape([rows, WIDTH])
+        }
+        "attention" => attention(crops, branch(3 * WIDTH, WIDTH), HEADS, Some(&rope)).reshape([rows, WIDTH]),
+        "selected attention" => {
+            selected_attention(crops, &[0, 3, 7, 8, 13], branch(3 * WIDTH, WIDTH), HEADS, Some(&rope))
+        }
+        "feed-forward" => feed_forward(x, branch(HIDDEN, HIDDEN)),
+        _ => unreachable!("{name}"),
+    };
+    let [count, width] = y.dims();
+    let weights: Vec<f32> = (0..count * width).map(|i| (i as f32 * 0.73).sin()).collect();
+    let weights = Tensor::<2>::from_data(TensorData::new(weights, [count, width]), &device);
+    let mut results = vec![host(y.clone().inner().reshape([-1]))];
+    let gradients = (y * weights).sum().backward();
+    results.extend(inputs.iter().filter_map(|input| input.grad(&gradients)).map(host));
+    results
+}
+
+#[test]
+fn operations_and_their_gradients_are_those_of_the_cpu() {
+    let Some(device) = device_or_skip() else { return };
+    let mut precisions = vec![(Precision::Fp32, 2e-5)];
+    if device.supports_dtype(FloatDType::BF16) {
+        precisions.push((Precision::Bf16, 0.02));
+    } else {
+        eprintln!("this device has no bfloat16: single precision alone is compared");
+    }
+    let mut compared = 0;
+    for (precision, bound) in &precisions {
+        for (name, results) in [
+            ("layer norm", 4),
+            ("linear", 4),
+            ("self-attention", 2),
+            ("attention", 9),
+            ("selected attention", 9),
+            ("feed-forward", 9),
+        ] {
+            let (cpu, gpu) = (operation(name, *precision, &Device::flex()), operation(name, *precision, &device));
+            assert_eq!(
+                (cpu.len(), gpu.len()),
+                (results, results),
+                "{name}: the result and the gradients of its inputs"
+            );
+            let mut worst = 0f32;
+            for (a, b) in cpu.iter().zip(&gpu) {
+                assert_eq!(a.len(), b.len(), "{name}");
+                let scale = a.iter().fold(1e-3f32, |m, v| m.max(v.abs()));
+                let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs() / scale);
+                worst = differences.fold(worst, |m, v| if v > m || v.is_nan() { v } else { m });
+            }
+            eprintln!("{name}, {precision:?}: differs by {worst:.1e} of the largest element");
+            assert!(worst < *bound, "{name} in {precision:?} differs by {worst:.1e}, bound {bound:.0e}");
+            compared += results;
+        }
+    }
+    assert_eq!(compared, 37 * precisions.len());
+}
+
+#[test]
+fn cpu_and_gpu_take_the_same_steps() {
+    let Some(device) = device_or_skip() else { return };
     let mut compared = 0;
     for (position, centering) in [(Position::Rope, Centering::Sinkhorn), (Position::Learned, Centering::Softmax)] {
         let (cpu, cpu_weights) = train(position, centering, &Device::flex());

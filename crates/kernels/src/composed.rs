@@ -66,7 +66,7 @@ pub fn first_token_attention(
 }
 
 /// Queries, keys and values of each head, `[B, heads, N, d]`, the first two turned.
-fn heads(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+pub(crate) fn heads(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
     let [batch, tokens, packed] = qkv.dims();
     let head_dim = packed / 3 / num_heads;
     // [B, N, 3, H, d] -> [3, B, H, N, d]

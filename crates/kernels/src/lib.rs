@@ -6,12 +6,16 @@
 //!
 //! On burn's CPU backend `flex`, f32 tensors take the fused versions, on processors that have vector instructions with
 //! fused multiply-add (every x86-64 since AVX2, every 64-bit ARM). They equal the composed ones to rounding, give the same
-//! bits in every run, and do no work for the gradients of inputs that are not tracked. Everything else is composed: other
-//! backends and types, and products that are not of single [`Precision`].
+//! bits in every run, and do no work for the gradients of inputs that are not tracked. Everywhere else (other backends and
+//! types, products that are not of single [`Precision`]) norms, attention and branches run as `portable` operations:
+//! tensor operations with a hand-written backward that keeps little; the rest is composed.
 
 pub mod composed;
 mod flex;
+mod portable;
 mod precision;
+#[cfg(test)]
+mod testing;
 
 use burn::backend::{Dispatch, DispatchTensor};
 use burn::tensor::{DType, Device, Tensor};
@@ -40,6 +44,11 @@ pub struct RopeTable {
 /// Whether an operation with products of this precision runs fused.
 fn fuses(device: &Device, dtype: DType, precision: Precision) -> bool {
     precision == Precision::Fp32 && flex::supports(device, dtype)
+}
+
+/// Whether tensors of this device lie in the memory of the program, where nothing has to be sent to it.
+pub fn in_host_memory(device: &Device) -> bool {
+    flex::is_flex(device)
 }
 
 /// Runs `work`, many operations on `device`, where they start fastest.
@@ -72,7 +81,7 @@ pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, precisio
 /// `x [M, D]`, `weight [D]`, `bias [D]` → `[M, D]`.
 pub fn layer_norm(x: Tensor<2>, weight: Tensor<1>, bias: Tensor<1>, eps: f64) -> Tensor<2> {
     if !flex::supports(&x.device(), x.dtype()) {
-        return composed::layer_norm(x, weight, bias, eps);
+        return portable::layer_norm(x, weight, bias, eps);
     }
     let (x, weight, bias) = (x.into_dispatch(), weight.into_dispatch(), bias.into_dispatch());
     Tensor::from_dispatch(Dispatch::ternary(x, weight, bias, LayerNorm { eps }))
@@ -123,7 +132,7 @@ pub fn depthwise_conv(x: Tensor<4>, weight: Tensor<4>, bias: Tensor<1>) -> Tenso
 /// `d = D / num_heads`. `rope` tables are `[N, d]`.
 pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>, precision: Precision) -> Tensor<3> {
     if !fuses(&qkv.device(), qkv.dtype(), precision) {
-        return composed::self_attention(qkv, num_heads, rope, precision);
+        return portable::self_attention(qkv, num_heads, rope, precision);
     }
     let qkv = qkv.into_dispatch();
     Tensor::from_dispatch(match rope {
@@ -169,7 +178,7 @@ pub struct Branch {
     /// Of its products.
     pub precision: Precision,
     /// Whether the backward pass computes what lies between again instead of keeping it: less memory, more work, the same
-    /// bits. Only fused branches do so.
+    /// bits.
     pub recompute: bool,
 }
 
@@ -202,7 +211,8 @@ impl Branch {
 /// `x [B, N, D]`, `first [3·D, D]` packed as in [`self_attention`], `last [D, D]` → `[B, N, D]`.
 pub fn attention(x: Tensor<3>, branch: Branch, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
     if !fuses(&x.device(), x.dtype(), branch.precision) {
-        return composed::attention(x, branch, num_heads, rope);
+        let shape = x.dims();
+        return portable::attention(x, None, branch, num_heads, rope).reshape(shape);
     }
     let operation = AttentionBranch { num_heads, eps: branch.norm.eps, recompute: branch.recompute };
     let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[2]);
@@ -228,8 +238,11 @@ pub fn selected_attention(
     num_heads: usize,
     rope: Option<&RopeTable>,
 ) -> Tensor<2> {
-    if rows.is_empty() || !fuses(&x.device(), x.dtype(), branch.precision) {
+    if rows.is_empty() {
         return composed::selected_attention(x, rows, branch, num_heads, rope);
+    }
+    if !fuses(&x.device(), x.dtype(), branch.precision) {
+        return portable::attention(x, Some(rows), branch, num_heads, rope);
     }
     let (eps, recompute) = (branch.norm.eps, branch.recompute);
     let operation = SelectedAttention { rows: rows.into(), num_heads, eps, recompute };
@@ -251,7 +264,7 @@ pub fn selected_attention(
 /// `x [M, D]`, `first [F, D]`, `last [D, F]` → `[M, D]`.
 pub fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
     if !fuses(&x.device(), x.dtype(), branch.precision) {
-        return composed::feed_forward(x, branch);
+        return portable::feed_forward(x, branch);
     }
     let operation = FeedForward { eps: branch.norm.eps, recompute: branch.recompute };
     let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[1]);

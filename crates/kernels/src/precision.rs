@@ -1,4 +1,4 @@
-//! In what precision matrix products are computed. All casts of the workspace's tensors are in [`product`].
+//! In what precision matrix products are computed. All casts of the workspace's tensors are in this file.
 
 use burn::tensor::{DType, FloatDType, Tensor};
 use serde::{Deserialize, Serialize};
@@ -43,12 +43,23 @@ pub enum Precision {
 /// as the other.
 pub fn product<const D: usize>(a: Tensor<D>, b: Tensor<D>, precision: Precision) -> Tensor<D> {
     assert_eq!(a.dtype(), b.dtype(), "a product of two types");
-    match precision {
-        Precision::Fp32 => a.matmul(b),
-        Precision::Bf16 => {
-            assert_eq!(a.dtype(), DType::F32, "what is rounded here has to be of single precision");
-            // A cast's gradient is a cast back, so gradients are rounded where values are and arrive in single precision.
-            a.cast(FloatDType::BF16).matmul(b.cast(FloatDType::BF16)).cast(FloatDType::F32)
+    let rounds = precision == Precision::Bf16;
+    assert!(!rounds || a.dtype() == DType::F32, "what is rounded here has to be of single precision");
+    // A cast's gradient is a cast back, so gradients are rounded where values are and arrive in single precision.
+    widened(precision.operand(a).matmul(precision.operand(b)))
+}
+
+impl Precision {
+    /// `x` as products of this precision take it; rounded once where it enters several, or comes from one.
+    pub(crate) fn operand<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
+        match self {
+            Self::Bf16 if x.dtype() != DType::BF16 => x.cast(FloatDType::BF16),
+            _ => x,
         }
     }
+}
+
+/// The result of a product, of the type of its operands, in single precision again if it was rounded.
+pub(crate) fn widened<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if x.dtype() == DType::BF16 { x.cast(FloatDType::F32) } else { x }
 }

@@ -1,9 +1,10 @@
-//! What automatic differentiation keeps of a block's forward, composed as on a GPU, in single precision and in bfloat16.
+//! What is kept of a block's forward for its backward pass: left to automatic differentiation, in single precision and in
+//! bfloat16, and by the operations that a block is made of.
 
 #![allow(clippy::print_stdout, reason = "the measured deviations are what a reader of the run looks for")]
 
 use burn::tensor::{Device, Tensor, TensorData};
-use dinoxide_kernels::{Branch, Normalization, Precision, Projection, RopeTable, composed};
+use dinoxide_kernels::{Branch, Normalization, Precision, Projection, RopeTable, attention, composed, feed_forward};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -13,8 +14,17 @@ const TOKENS: usize = 197;
 const WIDTH: usize = 384;
 const HEADS: usize = 6;
 
+/// Whose operations they are.
+#[derive(Clone, Copy)]
+enum By {
+    /// The definitions, differentiated automatically.
+    Definition,
+    /// Those that a backbone runs.
+    Backbone,
+}
+
 /// Bytes with the result, of the attention and of the feed-forward branch of a ViT-S on so many images.
-fn kept(batch: usize, precision: Precision) -> [usize; 2] {
+fn kept(batch: usize, precision: Precision, by: By) -> [usize; 2] {
     let device = Device::flex().autodiff();
     let filled = |count: usize| (0..count).map(|i| (i as f32 * 0.37).sin()).collect::<Vec<_>>();
     let vector = |count: usize| Tensor::<1>::from_data(TensorData::new(filled(count), [count]), &device).require_grad();
@@ -40,25 +50,42 @@ fn kept(batch: usize, precision: Precision) -> [usize; 2] {
         kept
     };
     let attention = |branch: Branch| {
-        let y = composed::attention(x.clone().reshape([batch, TOKENS, WIDTH]), branch, HEADS, Some(&rope));
-        y.reshape([batch * TOKENS, WIDTH])
+        let run = match by {
+            By::Definition => composed::attention,
+            By::Backbone => attention,
+        };
+        run(x.clone().reshape([batch, TOKENS, WIDTH]), branch, HEADS, Some(&rope)).reshape([batch * TOKENS, WIDTH])
     };
-    let feed_forward = |branch: Branch| composed::feed_forward(x.clone(), branch);
+    let feed_forward = |branch: Branch| match by {
+        By::Definition => composed::feed_forward(x.clone(), branch),
+        By::Backbone => feed_forward(x.clone(), branch),
+    };
     [of(&attention, branch(3 * WIDTH, WIDTH)), of(&feed_forward, branch(4 * WIDTH, 4 * WIDTH))]
 }
 
+/// The same per token: the difference between three images and one leaves out what does not depend on their number, such as
+/// cast weights.
+fn per_token(precision: Precision, by: By) -> [usize; 2] {
+    let (one, three) = (kept(1, precision, by), kept(3, precision, by));
+    [0, 1].map(|i| (three[i] - one[i]) / (2 * TOKENS))
+}
+
+// One test: the allocator counts what the whole process holds.
 #[test]
-fn bfloat16_keeps_less_for_the_backward_pass() {
-    // The difference between three images and one leaves out what does not depend on their number, such as cast weights.
-    let per_token = |precision| {
-        let (one, three) = (kept(1, precision), kept(3, precision));
-        [0, 1].map(|i| (three[i] - one[i]) / (2 * TOKENS))
-    };
-    let (single, half) = (per_token(Precision::Fp32), per_token(Precision::Bf16));
+fn bfloat16_keeps_less_and_operations_with_a_backward_of_their_own_a_fraction() {
+    let (single, half) = (per_token(Precision::Fp32, By::Definition), per_token(Precision::Bf16, By::Definition));
+    let ours = [Precision::Fp32, Precision::Bf16].map(|precision| per_token(precision, By::Backbone));
     println!(
-        "bytes per token of a ViT-S in attention, feed-forward: {single:?} in single precision, {half:?} in bfloat16"
+        "bytes per token of a ViT-S in attention, feed-forward: {single:?} in single precision, {half:?} in bfloat16; with \
+         a backward of their own {:?} and {:?}",
+        ours[0], ours[1]
     );
     for (single, half) in single.into_iter().zip(half) {
         assert!(half < single * 9 / 10, "{half} bytes per token in bfloat16, {single} in single precision");
+    }
+    // The result in single precision; three projections and the heads' results, and the hidden layer, in bfloat16.
+    for (ours, numbers) in ours[1].into_iter().zip([4 * WIDTH, 4 * WIDTH]) {
+        let expected = 4 * WIDTH + 2 * numbers;
+        assert!((expected * 99 / 100..expected * 11 / 10).contains(&ours), "{ours} bytes per token, expected {expected}");
     }
 }

@@ -1,7 +1,8 @@
 //! A batch: crops with their masks, on the device.
 
-use burn::tensor::{Bool, Device, Tensor, TensorData, s};
+use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, s};
 use dinoxide_augmentation::{Crops, Masks, RgbImage, normalize};
+use dinoxide_kernels::in_host_memory;
 
 /// What a step trains on.
 ///
@@ -130,9 +131,43 @@ fn stack<'a>(
     let (width, height) = crop(&samples[0].1, 0).dimensions();
     let images =
         (0..views).flat_map(|v| samples.iter().map(move |(_, crops)| (v, crops))).map(|(v, crops)| crop(crops, v));
-    let flat = normalize(images, (width, height), mean, std);
     let shape = [views, samples.len(), 3, height as usize, width as usize];
-    Tensor::from_data(TensorData::new(flat, shape), device)
+    if in_host_memory(device) {
+        Tensor::from_data(TensorData::new(normalize(images, (width, height), mean, std), shape), device)
+    } else {
+        send(images, shape, mean, std, device)
+    }
+}
+
+/// What [`normalize`] makes of images, from their bytes on the device: a quarter of the numbers' size is sent there.
+///
+/// Not every device has bytes, so four of them travel as an integer.
+fn send<'a>(
+    images: impl Iterator<Item = &'a RgbImage>,
+    [views, batch, channels, height, width]: [usize; 5],
+    mean: [f32; 3],
+    std: [f32; 3],
+    device: &Device,
+) -> Tensor<5> {
+    let size = (width as u32, height as u32);
+    let mut bytes = Vec::with_capacity((views * batch * channels * height * width).next_multiple_of(4));
+    for image in images {
+        assert_eq!(image.dimensions(), size, "images of one tensor have one size");
+        bytes.extend_from_slice(image.as_raw());
+    }
+    let count = bytes.len();
+    bytes.resize(count.next_multiple_of(4), 0);
+    let words: Vec<i32> = bytes.as_chunks::<4>().0.iter().map(|word| i32::from_le_bytes(*word)).collect();
+    let len = words.len();
+    let mut data = TensorData::new(words, [len]);
+    // Into memory that the device can fetch from by itself, where it has such.
+    device.staging(std::iter::once(&mut data));
+    let words = Tensor::<1, Int>::from_data(data, (device, DType::I32));
+    let byte = |i: i32| words.clone().bitwise_right_shift_scalar(8 * i).bitwise_and_scalar(255);
+    let pixels = Tensor::stack::<2>((0..4).map(byte).collect(), 1).reshape([-1]).slice(s![..count]);
+    let of_channel = |values: [f32; 3]| Tensor::<1>::from_data(values, device).reshape([1, 1, channels, 1, 1]);
+    let pixels = pixels.reshape([views, batch, height, width, channels]).permute([0, 1, 4, 2, 3]).float();
+    (pixels / 255.0 - of_channel(mean)) / of_channel(std)
 }
 
 /// Masks on the device.
@@ -150,5 +185,35 @@ impl DeviceMasks {
             mask: Tensor::from_data(TensorData::new(masks.mask.clone(), [masks.crops, masks.patches]), device),
             weights: Tensor::from_data(TensorData::from(masks.weights.as_slice()), device),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_that_are_sent_become_the_numbers_that_the_host_makes() {
+        let mut cases = 0;
+        // Sizes whose bytes are a multiple of four, and that leave one, two and three over.
+        for (views, batch, height, width) in [(2, 2, 5, 4), (1, 3, 3, 5), (2, 1, 3, 7), (1, 1, 3, 1)] {
+            let image = |i: usize| {
+                RgbImage::from_fn(width, height, |x, y| {
+                    let v = 7 * i as u32 + 31 * x + 83 * y;
+                    [v as u8, (v * 5 + 3) as u8, 255 - v as u8].into()
+                })
+            };
+            let images: Vec<_> = (0..views * batch).map(image).collect();
+            let (mean, std) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
+            let shape = [views, batch, 3, height as usize, width as usize];
+            let sent = send(images.iter(), shape, mean, std, &Device::flex());
+            assert_eq!(sent.dims(), shape);
+            let sent = sent.into_data().try_into_vec::<f32>().expect("f32");
+            let made = normalize(images.iter(), (width, height), mean, std);
+            assert_eq!(sent.len(), made.len());
+            assert!(sent.iter().zip(&made).all(|(a, b)| (a - b).abs() < 1e-6), "{shape:?}: {sent:?} and {made:?}");
+            cases += 1;
+        }
+        assert_eq!(cases, 4);
     }
 }

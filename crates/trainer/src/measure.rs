@@ -30,6 +30,9 @@ pub struct Measured {
     pub parameters: usize,
     /// Highest resident memory of the process so far, in bytes.
     pub peak_memory_bytes: u64,
+    /// What the device's allocator holds after the steps, in bytes; it gives little back, so this is about its peak. `None`
+    /// on the CPU.
+    pub device_memory_bytes: Option<u64>,
 }
 
 /// Takes `steps` training steps of the recipe, after `warmup` steps that are not counted. `watch` is told after each.
@@ -85,5 +88,6 @@ pub fn measure(
         }
         watch(seconds);
     }
-    Ok(Measured { steps: taken, batch_size, parameters, peak_memory_bytes: peak_bytes() })
+    let device_memory_bytes = device.memory_pool_usage().map(|usage| usage.bytes_reserved);
+    Ok(Measured { steps: taken, batch_size, parameters, peak_memory_bytes: peak_bytes(), device_memory_bytes })
 }

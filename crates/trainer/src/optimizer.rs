@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use dinoxide_kernels as kernels;
-use dinoxide_model::{Architecture, parameters};
+use dinoxide_model::{Architecture, parameters, weights::host};
 use dinoxide_optimizer::Update;
 pub use dinoxide_optimizer::{Gradients, Group, Moments};
 use serde::{Deserialize, Serialize};
@@ -94,6 +94,42 @@ fn split(name: &str) -> (&str, &str) {
     name.split_once('.').expect("a network's parameters lie in its submodules")
 }
 
+/// The squared norms of gradients, by parameter name.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Norms {
+    squares: BTreeMap<String, f64>,
+}
+
+impl Norms {
+    /// Those of `gradients`. One transfer from the device.
+    pub fn of(gradients: &Gradients) -> Self {
+        let squares = Self::squares(gradients);
+        let squares = if squares.is_empty() { Vec::new() } else { host(Tensor::cat(squares, 0)) };
+        Self::read(gradients, squares)
+    }
+
+    /// A number for each of `gradients`, on their device.
+    pub(crate) fn squares(gradients: &Gradients) -> Vec<Tensor<1>> {
+        gradients.values().map(kernels::sum_of_squares).collect()
+    }
+
+    /// The [`squares`](Self::squares) of `gradients` after they were read.
+    pub(crate) fn read(gradients: &Gradients, squares: impl IntoIterator<Item = f32>) -> Self {
+        Self { squares: gradients.keys().cloned().zip(squares.into_iter().map(f64::from)).collect() }
+    }
+
+    /// The norm of the gradients of each submodule that has any.
+    pub fn by_submodule(&self) -> BTreeMap<&'static str, f64> {
+        let mut norms = BTreeMap::<&'static str, f64>::new();
+        for (name, square) in &self.squares {
+            let submodule = SUBMODULES.into_iter().find(|s| *s == split(name).0).expect("one of the submodules");
+            *norms.entry(submodule).or_default() += square;
+        }
+        norms.values_mut().for_each(|norm| *norm = norm.sqrt());
+        norms
+    }
+}
+
 impl AdamW {
     /// For the parameters of `network`, with moments at zero.
     pub fn new(config: &OptimConfig, network: &Network, device: &Device) -> Self {
@@ -117,33 +153,12 @@ impl AdamW {
         &self.groups
     }
 
-    /// The norm of the gradients of each submodule that has any. One transfer from the device.
-    pub fn norms(&self, gradients: &Gradients) -> BTreeMap<&'static str, f64> {
-        let squares = gradients.values().map(kernels::sum_of_squares).collect::<Vec<_>>();
-        if squares.is_empty() {
-            return BTreeMap::new();
-        }
-        let squares = dinoxide_model::weights::host(Tensor::cat(squares, 0));
-        let mut norms = BTreeMap::<&'static str, f64>::new();
-        for (name, square) in gradients.keys().zip(squares) {
-            let submodule = SUBMODULES.into_iter().find(|s| *s == split(name).0).expect("one of the submodules");
-            *norms.entry(submodule).or_default() += f64::from(square);
-        }
-        norms.values_mut().for_each(|norm| *norm = norm.sqrt());
-        norms
-    }
-
-    /// One step: clips the gradients and moves the weights. `norms` are those of [`norms`](Self::norms).
+    /// One step: clips the gradients and moves the weights. `norms` are theirs.
     ///
     /// A parameter that got no gradient has gradient zero: its moments fade and it is decayed.
-    pub fn step<M: Module>(
-        &mut self,
-        network: M,
-        mut gradients: Gradients,
-        norms: &BTreeMap<&'static str, f64>,
-        at: &Scheduled,
-    ) -> M {
+    pub fn step<M: Module>(&mut self, network: M, mut gradients: Gradients, norms: &Norms, at: &Scheduled) -> M {
         let Self { config, groups, moments } = self;
+        let submodules = norms.by_submodule();
         let coefficient = |norm: f64| {
             if config.clip_norm > 0.0 { (config.clip_norm / (norm + 1e-6)).min(1.0) } else { 1.0 }
         };
@@ -160,11 +175,8 @@ impl AdamW {
                 None => weight.zeros_like(),
             };
             let factor = match config.clip {
-                Clip::Submodule => norms.get(split(name).0).map_or(1.0, |norm| coefficient(*norm)),
-                Clip::Parameter => {
-                    let square = dinoxide_model::weights::host(kernels::sum_of_squares(&gradient))[0];
-                    coefficient(f64::from(square).sqrt())
-                }
+                Clip::Submodule => submodules.get(split(name).0).map_or(1.0, |norm| coefficient(*norm)),
+                Clip::Parameter => norms.squares.get(name).map_or(1.0, |square| coefficient(square.sqrt())),
             };
             let still = frozen || (at.backbone_frozen && split(name).0 == "backbone");
             let lr = if still { 0.0 } else { at.lr * group.lr_multiplier };

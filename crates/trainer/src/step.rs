@@ -14,10 +14,10 @@ use rand::Rng;
 use crate::batch::Batch;
 use crate::loss::{LossConfig, LossValues};
 use crate::network::Network;
-use crate::optimizer::{AdamW, Gradients, OptimConfig, ema};
+use crate::optimizer::{AdamW, Gradients, Norms, OptimConfig, ema};
 use crate::schedule::Scheduled;
 use crate::targets::{FrozenTeacher, TargetEntropy, TeacherOutputs, center, teacher_outputs, update_centers};
-use crate::terms::{Judgement, koleo_of_parts, student_losses, total, weighted_sum};
+use crate::terms::{Judgement, UnreadLosses, koleo_of_parts, student_losses, total, weighted_sum};
 
 /// Everything that a step changes.
 #[derive(Clone, Debug)]
@@ -168,7 +168,7 @@ fn take_step(
 
     let mut outputs: Vec<TeacherOutputs> = parts.iter().map(|part| teacher_outputs(state, part, config)).collect();
     timings.teacher = clock.lap();
-    let (targets, target_entropy) = center(state, &mut outputs, config, &at);
+    let (targets, entropies) = center(state, &mut outputs, config, &at);
     timings.targets = clock.lap();
 
     // KoLeo's gradient needs the CLS tokens of the whole batch; with several micro-batches they take a forward of their own.
@@ -176,7 +176,7 @@ fn take_step(
     let spread = (parts.len() > 1 && config.koleo_weight > 0.0)
         .then(|| koleo_of_parts(&state.student, &parts, draws, config, sees_all));
 
-    let mut losses = LossValues::default();
+    let mut unread = UnreadLosses::default();
     let mut gradients = Gradients::new();
     for ((i, part), mut targets) in parts.iter().enumerate().zip(targets) {
         let share = part.len() as f64 / batch.len() as f64;
@@ -193,7 +193,7 @@ fn take_step(
         let mut objective: Option<Tensor<1>> = None;
         for group in [CropGroup::Global, CropGroup::Local].into_iter().zip(&draws[i]) {
             let terms = student_losses(&state.student, part, group, &mut targets, &judgement);
-            losses.add(&terms, share);
+            unread.add(&terms, share);
             timings.student += clock.lap();
             objective = objective.into_iter().chain(weighted_sum(terms, share, config)).reduce(|a, b| a + b);
             if !together && let Some(objective) = objective.take() {
@@ -207,12 +207,21 @@ fn take_step(
         timings.backward += clock.lap();
     }
     if let Some(spread) = &spread {
-        losses.koleo = Some(spread.value);
+        unread.add_koleo(spread);
     }
+    // Reading a number waits until the device has computed it. So nothing is read before this, and here all at once.
+    let squares = Norms::squares(&gradients);
+    let numbers: Vec<Tensor<1>> = unread.tensors().chain(squares).chain(entropies.clone()).collect();
+    let mut numbers = if numbers.is_empty() { Vec::new() } else { host(Tensor::cat(numbers, 0)) }.into_iter();
+    let mut losses = unread.read(numbers.by_ref());
+    let norms = Norms::read(&gradients, numbers.by_ref());
+    let target_entropy = entropies.is_some().then(|| {
+        let mut next = || f64::from(numbers.next().expect("two entropies"));
+        TargetEntropy { conditional: next(), marginal: next() }
+    });
     losses.total = total(&losses, config, batch);
-
-    let norms = state.optimizer.norms(&gradients);
-    require_finite(state, batch, config, &losses, &norms, &at)?;
+    let gradient_norms = norms.by_submodule();
+    require_finite(state, batch, config, &losses, &gradient_norms, &at)?;
 
     // Each network is handed over while the other holds its place, so that it can be changed in its own memory.
     let student = std::mem::replace(&mut state.student, state.teacher.clone());
@@ -226,7 +235,7 @@ fn take_step(
     timings.update = clock.lap();
     state.timings = timings;
     state.step = at.step + 1;
-    Ok(StepReport { losses, gradient_norms: norms, target_entropy, at })
+    Ok(StepReport { losses, gradient_norms, target_entropy, at })
 }
 
 /// Whether the gradients of a student are more than what it keeps of these global crops for its backward pass.

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, s};
 use dinoxide_losses::{center::Center, sinkhorn::sinkhorn_knopp};
-use dinoxide_model::{Architecture, Backbone, ProjectionHead, interpolation::resize_tokens, weights::host};
+use dinoxide_model::{Architecture, Backbone, ProjectionHead, interpolation::resize_tokens};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Batch, TeacherTokens};
@@ -181,14 +181,14 @@ fn guidance(state: &TrainState, part: &Batch, seen: &Seen, config: &LossConfig) 
     Guidance { features: matched, gram: gram.flatten() }
 }
 
-/// Targets of each micro-batch from the logits of all, with the entropies of the CLS targets. Logits that no center will
+/// Targets of each micro-batch from the logits of all, with the [`TargetEntropy`] of the CLS targets, `[2]`. Logits that no center will
 /// ask for are taken, and their memory with them.
 pub(crate) fn center(
     state: &TrainState,
     logits: &mut [TeacherOutputs],
     config: &LossConfig,
     at: &Scheduled,
-) -> (Vec<Targets>, Option<TargetEntropy>) {
+) -> (Vec<Targets>, Option<Tensor<1>>) {
     let rows = |logits: &Option<Tensor<2>>| logits.as_ref().map(|logits| logits.dims()[0]);
     let counts: Vec<_> = logits.iter().map(|l| (rows(&l.cls), rows(&l.patches))).collect();
     // The targets of all micro-batches as one tensor; `None` when the recipe leaves out the loss that they are for.
@@ -223,12 +223,12 @@ pub(crate) fn center(
     (parts, cls.map(target_entropy))
 }
 
-fn target_entropy(targets: Tensor<2>) -> TargetEntropy {
+/// Conditional and marginal entropy, `[2]`.
+fn target_entropy(targets: Tensor<2>) -> Tensor<1> {
     let entropy = |p: Tensor<2>| (p.clone() * p.clamp_min(1e-30).log()).sum().neg();
     let rows = targets.dims()[0] as f64;
     let marginal = entropy(targets.clone().mean_dim(0));
-    let both = host(Tensor::cat(vec![entropy(targets) / rows, marginal], 0));
-    TargetEntropy { conditional: f64::from(both[0]), marginal: f64::from(both[1]) }
+    Tensor::cat(vec![entropy(targets) / rows, marginal], 0)
 }
 
 /// Moves the centers towards this batch's logits; the next step's targets are the first to see it.

@@ -8,7 +8,7 @@ use dinoxide_losses::{
     gram::{Negatives, gram},
     ibot, koleo,
 };
-use dinoxide_model::{CropGroup, StochasticDraws, weights::host};
+use dinoxide_model::{CropGroup, StochasticDraws};
 
 use crate::batch::{Batch, DeviceMasks};
 use crate::loss::{GramTokens, LossConfig, LossValues};
@@ -181,8 +181,8 @@ fn koleo_per_crop(cls: Tensor<2>, crops: usize, config: &LossConfig) -> Loss {
 
 /// KoLeo over a batch in several micro-batches.
 pub(crate) struct Spread {
-    /// A mean over the two global crops.
-    pub(crate) value: f64,
+    /// The sum over the two global crops.
+    pub(crate) value: Tensor<1>,
     /// Gradient of the sum over crops with respect to the CLS tokens of each micro-batch: `[2B, D]`, plain.
     pub(crate) gradients: Vec<Tensor<2>>,
 }
@@ -219,7 +219,7 @@ pub(crate) fn koleo_of_parts(
         first = samples.end;
         gradient.clone().slice(s![.., samples, ..]).reshape([crops * part.len(), dim])
     });
-    Spread { value: f64::from(host(loss.value)[0]) / crops as f64, gradients: gradients.collect() }
+    Spread { value: loss.value, gradients: gradients.collect() }
 }
 
 /// Pairs of (student crop, teacher crop): global with global, local with global.
@@ -251,25 +251,55 @@ pub(crate) fn weighted_sum(terms: Terms, share: f64, config: &LossConfig) -> Opt
     parts.into_iter().flatten().reduce(|sum, part| sum + part)
 }
 
-impl LossValues {
-    /// Adds a micro-batch's terms.
+/// The loss values of a step while they are on the device.
+#[derive(Default)]
+pub(crate) struct UnreadLosses {
+    values: Vec<(Field, f64, Tensor<1>)>,
+}
+
+/// Where a value belongs.
+type Field = fn(&mut LossValues) -> &mut Option<f64>;
+
+impl UnreadLosses {
+    /// Adds a micro-batch's terms, each of which counts as its `share` where it is a mean over samples.
     pub(crate) fn add(&mut self, terms: &Terms, share: f64) {
-        let read = |loss: &Option<Loss>| loss.as_ref().map(|l| f64::from(host(l.value.clone())[0]));
-        let sum = |into: &mut Option<f64>, value: Option<f64>| {
-            if let Some(value) = value {
-                *into = Some(into.unwrap_or(0.0) + value);
-            }
+        let mut add = |field: Field, loss: &Option<Loss>, factor: f64| {
+            self.values.extend(loss.as_ref().map(|loss| (field, factor, loss.value.clone())));
         };
-        sum(&mut self.dino_global, read(&terms.dino_global).map(|v| v * share));
-        sum(&mut self.dino_local, read(&terms.dino_local).map(|v| v * share));
-        sum(&mut self.ibot, read(&terms.ibot));
-        sum(&mut self.koleo, read(&terms.koleo).map(|v| v / 2.0));
-        sum(&mut self.gram, read(&terms.gram).map(|v| v * share));
-        sum(&mut self.feature_cls, read(&terms.feature_cls).map(|v| v * share));
-        sum(&mut self.feature_patch, read(&terms.feature_patch).map(|v| v * share));
-        sum(&mut self.relation, read(&terms.relation).map(|v| v * share));
+        add(|l| &mut l.dino_global, &terms.dino_global, share);
+        add(|l| &mut l.dino_local, &terms.dino_local, share);
+        add(|l| &mut l.ibot, &terms.ibot, 1.0);
+        add(KOLEO, &terms.koleo, 1.0 / CROPS);
+        add(|l| &mut l.gram, &terms.gram, share);
+        add(|l| &mut l.feature_cls, &terms.feature_cls, share);
+        add(|l| &mut l.feature_patch, &terms.feature_patch, share);
+        add(|l| &mut l.relation, &terms.relation, share);
+    }
+
+    /// Adds KoLeo of a batch in several micro-batches.
+    pub(crate) fn add_koleo(&mut self, spread: &Spread) {
+        self.values.push((KOLEO, 1.0 / CROPS, spread.value.clone()));
+    }
+
+    /// A number for each value, in their order.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = Tensor<1>> {
+        self.values.iter().map(|(_, _, value)| value.clone())
+    }
+
+    /// The [`tensors`](Self::tensors) after they were read.
+    pub(crate) fn read(self, numbers: impl IntoIterator<Item = f32>) -> LossValues {
+        let mut losses = LossValues::default();
+        for ((field, factor, _), number) in self.values.into_iter().zip(numbers) {
+            *field(&mut losses).get_or_insert(0.0) += f64::from(number) * factor;
+        }
+        losses
     }
 }
+
+const KOLEO: Field = |losses| &mut losses.koleo;
+
+/// Global crops, whose mean the value of KoLeo is.
+const CROPS: f64 = 2.0;
 
 pub(crate) fn total(losses: &LossValues, config: &LossConfig, batch: &Batch) -> f64 {
     let (global, local) = dino_weights(pairs(batch, config), config);

@@ -8,7 +8,7 @@ use dinoxide_model::weights::host;
 use dinoxide_model::{HeadConfig, HeadNorm, ModelConfig, parameters};
 use dinoxide_random::{Purpose, stream};
 use dinoxide_trainer::network::Network;
-use dinoxide_trainer::optimizer::{AdamW, Clip, Freeze, Gradients, OptimConfig, ema};
+use dinoxide_trainer::optimizer::{AdamW, Clip, Freeze, Gradients, Norms, OptimConfig, ema};
 use dinoxide_trainer::schedule::Scheduled;
 use rand::RngExt;
 
@@ -156,7 +156,7 @@ fn adamw_equals_a_loop_over_numbers_with_every_way_of_clipping_and_freezing() {
                     let double = |g: &Tensor<1>| host(g.clone()).into_iter().map(f64::from).collect();
                     let numbers = gradients.iter().map(|(name, g)| (name.clone(), double(g))).collect();
                     loops.step(&numbers, &config, &at(step));
-                    let norms = optimizer.norms(&gradients);
+                    let norms = Norms::of(&gradients);
                     network = optimizer.step(network, gradients, &norms, &at(step));
                     let what = format!("{clip:?}, {freeze:?}, norm {clip_norm}, step {step}");
                     assert_near(&what, &values(&network), &loops.weights, 2e-6);

@@ -197,7 +197,7 @@ mod tests {
 
     use super::SCORES;
     use crate::Precision::Fp32;
-    use crate::flex::testing::{Case, assert_same, numbers, run};
+    use crate::testing::{Case, assert_same, numbers, run};
     use crate::{RopeTable, composed, self_attention};
 
     /// A table of rotations whose first `prefix` tokens stay as they are.

@@ -164,7 +164,7 @@ mod tests {
     use burn::tensor::Tensor;
 
     use crate::Precision::Fp32;
-    use crate::flex::testing::{Case, Inputs, assert_same, run};
+    use crate::testing::{Case, Inputs, assert_same, run};
     use crate::{Branch, Normalization, Projection, RopeTable, attention, composed};
 
     type Function = fn(Tensor<3>, Branch, usize, Option<&RopeTable>) -> Tensor<3>;

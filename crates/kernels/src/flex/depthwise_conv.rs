@@ -317,7 +317,7 @@ fn add_product<S: Simd, const U: usize>(simd: S, sum: &mut [S::f32s; U], a: [S::
 mod tests {
     use burn::tensor::{Device, Tensor, TensorData};
 
-    use crate::flex::testing::{Case, assert_same, run};
+    use crate::testing::{Case, assert_same, run};
     use crate::{composed, depthwise_conv};
 
     #[test]

@@ -150,7 +150,7 @@ mod tests {
     use burn::tensor::Tensor;
 
     use crate::Precision::Fp32;
-    use crate::flex::testing::{Case, Inputs, assert_same, run};
+    use crate::testing::{Case, Inputs, assert_same, run};
     use crate::{Branch, Normalization, Projection, composed, feed_forward};
 
     type Function = fn(Tensor<2>, Branch) -> Tensor<2>;

@@ -48,7 +48,7 @@ impl Operation<1> for Gelu {
 mod tests {
     use burn::tensor::{Device, Tensor};
 
-    use crate::flex::testing::{Case, assert_same};
+    use crate::testing::{Case, assert_same};
     use crate::{composed, gelu};
 
     #[test]

@@ -117,7 +117,7 @@ pub(super) fn row_backward(x: &[f32], g: &mut [f32], weight: &[f32], dweight: &m
 mod tests {
     use burn::tensor::{Device, Tensor};
 
-    use crate::flex::testing::{Case, assert_same, numbers, run};
+    use crate::testing::{Case, assert_same, numbers, run};
     use crate::{composed, layer_norm};
 
     #[test]

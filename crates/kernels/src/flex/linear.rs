@@ -106,7 +106,7 @@ pub(super) fn column_sums(g: &[f32], rows: usize, out: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use crate::Precision::Fp32;
-    use crate::flex::testing::{Case, assert_same};
+    use crate::testing::{Case, assert_same};
     use crate::{composed, linear};
 
     #[test]

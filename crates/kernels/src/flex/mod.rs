@@ -23,8 +23,6 @@ mod prototypes;
 mod residual;
 mod selected_attention;
 mod simd;
-#[cfg(test)]
-mod testing;
 mod update;
 mod with_gradients;
 

@@ -126,7 +126,7 @@ impl FlexPrototypes for Flex {
 mod tests {
     use burn::tensor::{Device, Tensor, TensorData};
 
-    use crate::flex::testing::numbers;
+    use crate::testing::numbers;
     use crate::{composed, sinkhorn, soft_cross_entropy};
 
     fn matrix(rows: usize, columns: usize, seed: u64) -> Tensor<2> {

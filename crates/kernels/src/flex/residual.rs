@@ -113,7 +113,7 @@ impl Operation<3> for Residual {
 mod tests {
     use burn::tensor::{Device, Tensor};
 
-    use crate::flex::testing::{Case, assert_same};
+    use crate::testing::{Case, assert_same};
     use crate::{composed, residual};
 
     #[test]

@@ -217,7 +217,7 @@ fn add_to_rows(matrix: &mut [f32], rows: &[usize], values: &[f32], width: usize)
 mod tests {
     use burn::tensor::{Int, Tensor};
 
-    use crate::flex::testing::{Case, Inputs, assert_same, run};
+    use crate::testing::{Case, Inputs, assert_same, run};
     use crate::{Branch, Normalization, Precision, Projection, RopeTable, attention, composed, selected_attention};
 
     fn branch(t: &Inputs, bias: bool, gamma: bool, recompute: bool) -> Branch {

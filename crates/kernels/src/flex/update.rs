@@ -117,7 +117,7 @@ fn own(tensor: FlexTensor) -> FlexTensor {
 mod tests {
     use burn::tensor::{Device, Tensor, TensorData};
 
-    use crate::flex::testing::numbers;
+    use crate::testing::numbers;
     use crate::{AdamW, adamw, composed, running_mean, sum_of_squares};
 
     fn vector(len: usize, seed: u64) -> Tensor<1> {

@@ -35,7 +35,7 @@ impl Branch<4> for WithGradients {
 mod tests {
     use burn::tensor::{Device, Tensor, TensorData};
 
-    use crate::flex::testing::{Case, assert_same, numbers, run};
+    use crate::testing::{Case, assert_same, numbers, run};
     use crate::{composed, with_gradients};
 
     fn constants() -> [Tensor<2>; 2] {

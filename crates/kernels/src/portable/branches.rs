@@ -1,0 +1,448 @@
+//! The two residual branches of a transformer block, each as one operation. What the matrix products made is kept for the
+//! backward pass, or with [`Branch::recompute`] only the input.
+
+use burn::backend::DispatchTensor;
+use burn::tensor::{IndexingUpdateOp, Int, Tensor};
+
+use super::attention::{Heads, SelfAttention};
+use super::layer_norm::{Norm, column_sums};
+use super::operation::{Operation, octonary};
+use crate::precision::widened;
+use crate::{Branch, Precision, RopeTable, composed};
+
+/// See [`crate::attention`]; with `rows`, [`crate::selected_attention`]. The result is `[rows, D]`.
+pub(crate) fn attention(
+    x: Tensor<3>,
+    rows: Option<&[usize]>,
+    branch: Branch,
+    num_heads: usize,
+    rope: Option<&RopeTable>,
+) -> Tensor<2> {
+    let [batch, tokens, width] = x.dims();
+    let rows = rows.map(|rows| {
+        assert!(
+            rows.is_sorted_by(|a, b| a < b) && rows.last().is_none_or(|&last| last < batch * tokens),
+            "attention: rows of x [{batch}, {tokens}, {width}] have to be ascending and within"
+        );
+        let indices: Vec<i32> = rows.iter().map(|&row| row as i32).collect();
+        Tensor::from_data(indices.as_slice(), &x.device().without_autodiff())
+    });
+    let operation = Attention {
+        attention: SelfAttention::new(num_heads, rope, branch.precision),
+        rows,
+        eps: branch.norm.eps,
+        precision: branch.precision,
+        recompute: branch.recompute,
+    };
+    let [a, b, c, d, e, f, g] = branch.into_dispatch(width);
+    Tensor::from_dispatch(octonary([x.into_dispatch(), a, b, c, d, e, f, g], operation))
+}
+
+/// See [`crate::feed_forward`].
+pub(crate) fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
+    let operation = FeedForward { eps: branch.norm.eps, precision: branch.precision, recompute: branch.recompute };
+    let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[1]);
+    Tensor::from_dispatch(octonary([x.into_dispatch(), a, b, c, d, e, f, g], operation))
+}
+
+/// Inputs `x [B, N, D]`; the norm's `weight [D]`, `bias [D]`; the packed projection's `W [3·D, D]`, `b [3·D]`; the last
+/// one's `Wₚ [D, D]`, `bₚ [D]`; `γ [D]`.
+#[derive(Clone, Debug)]
+struct Attention {
+    attention: SelfAttention,
+    /// Places in the flattened list `[B·N]` of tokens; none are all.
+    rows: Option<Tensor<1, Int>>,
+    eps: f64,
+    precision: Precision,
+    recompute: bool,
+}
+
+/// What a branch's backward pass reads: its input, what it was given, and what lies between.
+#[derive(Clone, Debug)]
+struct Kept<const D: usize, T> {
+    x: Tensor<D>,
+    norm: Norm,
+    first: First,
+    last: Last,
+    /// `None` when it is computed again.
+    between: Option<T>,
+}
+
+impl Operation<8> for Attention {
+    /// Between the layers: heads, and their results `[rows, D]`.
+    type Kept = Kept<3, (Heads, Tensor<2>)>;
+
+    fn forward(
+        &self,
+        [x, norm_weight, norm_bias, weight, bias, w_out, b_out, gamma]: [DispatchTensor; 8],
+        keep: bool,
+    ) -> (DispatchTensor, Option<Self::Kept>) {
+        let x = Tensor::<3>::from_dispatch(x);
+        let norm = Norm::new(norm_weight, norm_bias, self.eps);
+        let first = First::new(weight, bias, self.precision);
+        let last = Last::new(w_out, b_out, gamma, self.precision);
+        let (heads, values) = self.between(&x, &norm, &first);
+        let heads = keep.then_some(heads);
+        let y = last.forward(self.select(rows(x.clone())), values.clone());
+        let kept = heads.map(|heads| {
+            let between = (!self.recompute).then_some((heads, values));
+            Kept { x, norm, first, last, between }
+        });
+        (y.into_dispatch(), kept)
+    }
+
+    fn backward(&self, kept: Self::Kept, grad: DispatchTensor) -> [DispatchTensor; 8] {
+        let Kept { x, norm, first, last, between } = kept;
+        let (heads, values) = between.unwrap_or_else(|| self.between(&x, &norm, &first));
+        let [batch, tokens, width] = x.dims();
+        let grad = Tensor::<2>::from_dispatch(grad);
+        let LastGradients { input, weight: dw_out, bias: db_out, gamma: dgamma } = last.backward(grad.clone(), values);
+        let packed = self.attention.gradient(&heads, self.spread(input, batch * tokens), batch);
+        drop(heads);
+        let x = rows(x);
+        let [dx, dnorm_weight, dnorm_bias, dweight, dbias] = first.backward(x, &norm, rows(packed));
+        let dx = Tensor::<2>::from_dispatch(dx) + self.spread(grad, batch * tokens);
+        let dx = dx.reshape([batch, tokens, width]).into_dispatch();
+        [dx, dnorm_weight, dnorm_bias, dweight, dbias, dw_out, db_out, dgamma]
+    }
+}
+
+impl Attention {
+    fn between(&self, x: &Tensor<3>, norm: &Norm, first: &First) -> (Heads, Tensor<2>) {
+        let [batch, tokens, width] = x.dims();
+        let packed = first.with_bias(first.forward(rows(x.clone()), norm));
+        let heads = self.attention.heads(packed.reshape([batch, tokens, 3 * width]));
+        let values = self.select(self.attention.values(&heads, batch));
+        (heads, values)
+    }
+
+    /// The rows that are asked for.
+    fn select(&self, all: Tensor<2>) -> Tensor<2> {
+        match &self.rows {
+            Some(rows) => all.select(0, rows.clone()),
+            None => all,
+        }
+    }
+
+    /// Those rows among `count`, the others zero.
+    fn spread(&self, selected: Tensor<2>, count: usize) -> Tensor<2> {
+        match &self.rows {
+            Some(rows) => {
+                let zeros = Tensor::zeros([count, selected.dims()[1]], (&selected.device(), selected.dtype()));
+                zeros.select_assign(0, rows.clone(), selected, IndexingUpdateOp::Add)
+            }
+            None => selected,
+        }
+    }
+}
+
+/// Inputs `x [M, D]`; the norm's `weight [D]`, `bias [D]`; `W [F, D]`, `b [F]`; the last layer's `[D, F]`, `[D]`; `γ [D]`.
+#[derive(Clone, Copy, Debug)]
+struct FeedForward {
+    eps: f64,
+    precision: Precision,
+    recompute: bool,
+}
+
+impl Operation<8> for FeedForward {
+    /// Between the layers: the hidden one `[M, F]` before its bias.
+    type Kept = Kept<2, Tensor<2>>;
+
+    fn forward(
+        &self,
+        [x, norm_weight, norm_bias, weight, bias, w_out, b_out, gamma]: [DispatchTensor; 8],
+        keep: bool,
+    ) -> (DispatchTensor, Option<Self::Kept>) {
+        let x = Tensor::<2>::from_dispatch(x);
+        let norm = Norm::new(norm_weight, norm_bias, self.eps);
+        let first = First::new(weight, bias, self.precision);
+        let last = Last::new(w_out, b_out, gamma, self.precision);
+        let unbiased = first.forward(x.clone(), &norm);
+        let between = (keep && !self.recompute).then(|| unbiased.clone());
+        let y = last.forward(x.clone(), composed::gelu(first.with_bias(unbiased)));
+        (y.into_dispatch(), keep.then(|| Kept { x, norm, first, last, between }))
+    }
+
+    fn backward(&self, kept: Self::Kept, grad: DispatchTensor) -> [DispatchTensor; 8] {
+        let Kept { x, norm, first, last, between } = kept;
+        let hidden = first.with_bias(between.unwrap_or_else(|| first.forward(x.clone(), &norm)));
+        let grad = Tensor::<2>::from_dispatch(grad);
+        let LastGradients { input, weight: dw_out, bias: db_out, gamma: dgamma } =
+            last.backward(grad.clone(), composed::gelu(hidden.clone()));
+        let dhidden = input * gelu_slope(hidden);
+        let [dx, dnorm_weight, dnorm_bias, dweight, dbias] = first.backward(x, &norm, dhidden);
+        let dx = (Tensor::<2>::from_dispatch(dx) + grad).into_dispatch();
+        [dx, dnorm_weight, dnorm_bias, dweight, dbias, dw_out, db_out, dgamma]
+    }
+}
+
+/// `Φ(x) + x·φ(x)`.
+fn gelu_slope(x: Tensor<2>) -> Tensor<2> {
+    let cumulative = ((x.clone() * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5;
+    let density = (x.clone().powi_scalar(2) * -0.5).exp()
+        * (0.5 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2);
+    cumulative + x * density
+}
+
+/// The first linear layer of a branch, on the normalised input. Plain.
+#[derive(Clone, Debug)]
+struct First {
+    weight: Tensor<2>,
+    bias: Tensor<1>,
+    precision: Precision,
+}
+
+impl First {
+    fn new(weight: DispatchTensor, bias: DispatchTensor, precision: Precision) -> Self {
+        Self { weight: Tensor::from_dispatch(weight), bias: Tensor::from_dispatch(bias), precision }
+    }
+
+    /// `LN(x)·Wᵀ`, as the product leaves it.
+    fn forward(&self, x: Tensor<2>, norm: &Norm) -> Tensor<2> {
+        let normalized = self.precision.operand(norm.forward(x));
+        normalized.matmul(self.precision.operand(self.weight.clone()).transpose())
+    }
+
+    fn with_bias(&self, unbiased: Tensor<2>) -> Tensor<2> {
+        widened(unbiased) + self.bias.clone().unsqueeze()
+    }
+
+    /// The gradients of the norm's input, its gain and offset, of weight and bias.
+    fn backward(&self, x: Tensor<2>, norm: &Norm, grad: Tensor<2>) -> [DispatchTensor; 5] {
+        let normalized = self.precision.operand(norm.forward(x.clone()));
+        let rounded = self.precision.operand(grad.clone());
+        let dweight = widened(rounded.clone().transpose().matmul(normalized));
+        let dnormalized = widened(rounded.matmul(self.precision.operand(self.weight.clone())));
+        let [dx, dnorm_weight, dnorm_bias] = norm.backward(x, dnormalized);
+        [dx, dnorm_weight, dnorm_bias, dweight.into_dispatch(), column_sums(grad).into_dispatch()]
+    }
+}
+
+/// The last linear layer of a branch, with the layer scale and the residual sum. Plain.
+#[derive(Clone, Debug)]
+struct Last {
+    weight: Tensor<2>,
+    bias: Tensor<1>,
+    gamma: Tensor<1>,
+    precision: Precision,
+}
+
+/// Gradients of what a [`Last`] is given.
+struct LastGradients {
+    input: Tensor<2>,
+    weight: DispatchTensor,
+    bias: DispatchTensor,
+    gamma: DispatchTensor,
+}
+
+impl Last {
+    fn new(weight: DispatchTensor, bias: DispatchTensor, gamma: DispatchTensor, precision: Precision) -> Self {
+        let (bias, gamma) = (Tensor::from_dispatch(bias), Tensor::from_dispatch(gamma));
+        Self { weight: Tensor::from_dispatch(weight), bias, gamma, precision }
+    }
+
+    /// `x + γ·(input·Wᵀ + b)`.
+    fn forward(&self, x: Tensor<2>, input: Tensor<2>) -> Tensor<2> {
+        let operand = |tensor| self.precision.operand(tensor);
+        let branch = widened(operand(input).matmul(operand(self.weight.clone()).transpose()));
+        x + (branch + self.bias.clone().unsqueeze()) * self.gamma.clone().unsqueeze()
+    }
+
+    /// The branch's own output is not needed for the gradient of its scale: with `G = gradᵀ·input`,
+    /// `dγ = Σ_k W∘G + b·Σ grad`, and the weight's gradient is `γ∘G`.
+    fn backward(&self, grad: Tensor<2>, input: Tensor<2>) -> LastGradients {
+        let Self { weight, bias, gamma, precision } = self;
+        let operand = |tensor| precision.operand(tensor);
+        let outer = widened(operand(grad.clone()).transpose().matmul(operand(input)));
+        let sums = column_sums(grad.clone());
+        let along = (weight.clone() * outer.clone()).sum_dim(1).reshape([-1]);
+        let scaled = operand(grad * gamma.clone().unsqueeze());
+        LastGradients {
+            input: widened(scaled.matmul(operand(weight.clone()))),
+            weight: (outer * gamma.clone().unsqueeze_dim(1)).into_dispatch(),
+            bias: (sums.clone() * gamma.clone()).into_dispatch(),
+            gamma: (along + sums * bias.clone()).into_dispatch(),
+        }
+    }
+}
+
+/// `[B, N, D]` → `[B·N, D]`.
+fn rows(tokens: Tensor<3>) -> Tensor<2> {
+    let [batch, count, width] = tokens.dims();
+    tokens.reshape([batch * count, width])
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Tensor;
+
+    use super::{attention, feed_forward};
+    use crate::Precision::{self, Bf16, Fp32};
+    use crate::testing::{Case, Inputs, assert_same, largest_difference, run};
+    use crate::{Branch, Normalization, Projection, RopeTable, composed};
+
+    fn branch(t: &Inputs, bias: bool, gamma: bool, precision: Precision) -> Branch {
+        Branch {
+            norm: Normalization { weight: t.vector(1), bias: t.vector(2), eps: 1e-5 },
+            first: Projection { weight: t.matrix(3), bias: bias.then(|| t.vector(4)) },
+            last: Projection { weight: t.matrix(5), bias: bias.then(|| t.vector(6)) },
+            gamma: gamma.then(|| t.vector(7)),
+            precision,
+            recompute: false,
+        }
+    }
+
+    fn rope(t: &Inputs) -> RopeTable {
+        RopeTable { cos: t.matrix(8), sin: t.matrix(9) }
+    }
+
+    /// Of feed-forward branches the first eight.
+    fn shapes(x: &[usize], first: usize, inner: usize, table: [usize; 2]) -> Vec<Vec<usize>> {
+        let width = *x.last().expect("a shape");
+        let (matrices, table) = ([vec![first, width], vec![width, inner]], table.to_vec());
+        let [weight, w_out] = matrices;
+        let vector = |len: usize| vec![len];
+        let (bias, b_out) = (vector(first), vector(width));
+        let (gain, offset, gamma) = (vector(width), vector(width), vector(width));
+        vec![x.to_vec(), gain, offset, weight, bias, w_out, b_out, gamma, table.clone(), table]
+    }
+
+    fn case(shapes: &[Vec<usize>], tracked: &[bool]) -> Case {
+        Case::new(&shapes.iter().map(Vec::as_slice).collect::<Vec<_>>(), tracked)
+    }
+
+    fn attention_case([batch, tokens, heads, head_dim]: [usize; 4], tracked: [bool; 8]) -> Case {
+        let width = heads * head_dim;
+        let mut all = tracked.to_vec();
+        all.extend([false, false]);
+        case(&shapes(&[batch, tokens, width], 3 * width, width, [tokens, head_dim]), &all)
+    }
+
+    fn feed_forward_case(rows: usize, width: usize, inner: usize, tracked: [bool; 8]) -> Case {
+        case(&shapes(&[rows, width], inner, inner, [0, 0])[..8], &tracked)
+    }
+
+    fn composed_rows(x: Tensor<3>, branch: Branch, heads: usize, rope: Option<&RopeTable>) -> Tensor<2> {
+        super::rows(composed::attention(x, branch, heads, rope))
+    }
+
+    /// Each input by itself, all, and none.
+    fn tracked() -> impl Iterator<Item = [bool; 8]> {
+        (0..10).map(|alone| std::array::from_fn(|i| alone == 8 || alone == i))
+    }
+
+    #[test]
+    fn attention_equals_composed_whichever_inputs_are_tracked() {
+        let mut cases = 0;
+        for sizes in [[1, 1, 1, 2], [3, 5, 2, 8], [2, 11, 3, 4]] {
+            for tracked in tracked() {
+                for with_rope in [false, true] {
+                    let rope = |t: &Inputs| with_rope.then(|| rope(t));
+                    assert_same(
+                        &attention_case(sizes, tracked),
+                        |t| attention(t.cube(0), None, branch(t, true, true, Fp32), sizes[2], rope(t).as_ref()),
+                        |t| composed_rows(t.cube(0), branch(t, true, true, Fp32), sizes[2], rope(t).as_ref()),
+                    );
+                    cases += 1;
+                }
+            }
+        }
+        assert_eq!(cases, 3 * 10 * 2);
+    }
+
+    #[test]
+    fn selected_rows_equal_those_of_the_whole() {
+        let rows: [&[usize]; 4] = [&[0], &[0, 5, 10], &[1, 3, 10, 11, 12, 13, 14], &[14]];
+        for rows in rows {
+            assert_same(
+                &attention_case([3, 5, 2, 8], [true; 8]),
+                |t| attention(t.cube(0), Some(rows), branch(t, true, true, Fp32), 2, Some(&rope(t))),
+                |t| composed::selected_attention(t.cube(0), rows, branch(t, true, true, Fp32), 2, Some(&rope(t))),
+            );
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "rows of x [2, 3, 4] have to be ascending and within")]
+    fn rows_outside_panic() {
+        run(&attention_case([2, 3, 1, 4], [false; 8]), |t| {
+            attention(t.cube(0), Some(&[2, 6]), branch(t, true, true, Fp32), 1, None)
+        });
+    }
+
+    #[test]
+    fn feed_forward_equals_composed_whichever_inputs_are_tracked() {
+        let mut cases = 0;
+        for (rows, width, inner) in [(1, 1, 2), (5, 24, 13), (7, 13, 40)] {
+            for tracked in tracked() {
+                assert_same(
+                    &feed_forward_case(rows, width, inner, tracked),
+                    |t| feed_forward(t.matrix(0), branch(t, true, true, Fp32)),
+                    |t| composed::feed_forward(t.matrix(0), branch(t, true, true, Fp32)),
+                );
+                cases += 1;
+            }
+        }
+        assert_eq!(cases, 30);
+    }
+
+    #[test]
+    fn without_biases_or_layer_scale_equals_composed() {
+        for (bias, gamma) in [(false, true), (true, false), (false, false)] {
+            let mut tracked = [true; 8];
+            (tracked[4], tracked[6], tracked[7]) = (bias, bias, gamma);
+            assert_same(
+                &feed_forward_case(6, 24, 10, tracked),
+                |t| feed_forward(t.matrix(0), branch(t, bias, gamma, Fp32)),
+                |t| composed::feed_forward(t.matrix(0), branch(t, bias, gamma, Fp32)),
+            );
+            assert_same(
+                &attention_case([3, 7, 2, 6], tracked),
+                |t| attention(t.cube(0), None, branch(t, bias, gamma, Fp32), 2, None),
+                |t| composed_rows(t.cube(0), branch(t, bias, gamma, Fp32), 2, None),
+            );
+        }
+    }
+
+    #[test]
+    fn computing_what_lies_between_again_does_not_change_the_bits() {
+        for precision in [Fp32, Bf16] {
+            let with = |recompute| {
+                let branch = |t: &Inputs| Branch { recompute, ..branch(t, true, true, precision) };
+                let mut results =
+                    run(&feed_forward_case(9, 24, 50, [true; 8]), |t| feed_forward(t.matrix(0), branch(t)));
+                results.extend(run(&attention_case([2, 9, 3, 8], [true; 8]), |t| {
+                    attention(t.cube(0), Some(&[0, 4, 9, 17]), branch(t), 3, Some(&rope(t)))
+                }));
+                results.into_iter().flatten().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            assert_eq!(with(true), with(false), "{precision:?}");
+        }
+    }
+
+    /// Both round the operands of products, though not all gradients at the same place.
+    #[test]
+    fn in_bfloat16_equals_composed_to_its_rounding() {
+        let rows: Vec<usize> = (0..3 * 17).filter(|i| i % 3 != 1).collect();
+        let case = attention_case([3, 17, 2, 12], [true; 8]);
+        let attended = largest_difference(
+            &run(&case, |t| attention(t.cube(0), Some(&rows), branch(t, true, true, Bf16), 2, Some(&rope(t)))),
+            &run(&case, |t| {
+                composed::selected_attention(t.cube(0), &rows, branch(t, true, true, Bf16), 2, Some(&rope(t)))
+            }),
+        );
+        let case = feed_forward_case(19, 24, 40, [true; 8]);
+        let fed = largest_difference(
+            &run(&case, |t| feed_forward(t.matrix(0), branch(t, true, true, Bf16))),
+            &run(&case, |t| composed::feed_forward(t.matrix(0), branch(t, true, true, Bf16))),
+        );
+        assert!(attended < 0.01 && fed < 0.01, "differ by {attended} and {fed} of the largest element");
+        // The values themselves have the same roundings.
+        let values = |run: Vec<Vec<f32>>| vec![run[0].clone()];
+        let of = largest_difference(
+            &values(run(&case, |t| feed_forward(t.matrix(0), branch(t, true, true, Bf16)))),
+            &values(run(&case, |t| composed::feed_forward(t.matrix(0), branch(t, true, true, Bf16)))),
+        );
+        assert!(of < 1e-6, "values differ by {of}");
+    }
+}
