@@ -5,6 +5,9 @@ use burn::tensor::Device;
 
 use crate::Usage;
 
+/// Backends besides the CPU, which are features of the build.
+const OTHERS: [&str; 4] = ["cuda", "vulkan", "wgpu", "metal"];
+
 /// Backends that this build lacks, by the name that asks for them.
 fn missing(name: &str) -> anyhow::Error {
     Usage(anyhow::anyhow!(
@@ -32,7 +35,7 @@ pub(crate) fn parse(text: &str) -> anyhow::Result<Device> {
         "wgpu" => Ok(Device::wgpu(gpu(index))),
         #[cfg(feature = "metal")]
         "metal" => Ok(Device::metal(gpu(index))),
-        "cuda" | "vulkan" | "wgpu" | "metal" => {
+        _ if OTHERS.contains(&kind) => {
             let _ = index;
             Err(missing(kind))
         }

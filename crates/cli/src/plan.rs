@@ -255,7 +255,7 @@ fn remedies(recipe: &Recipe, forecast: &Forecast, free: u64) -> String {
     let (batch, parts) = (recipe.train.batch_size, recipe.efficiency.micro_batches);
     let factor = rest.div_ceil(free - state) as usize;
     let mut all = Vec::new();
-    if !recipe.efficiency.recompute && recipe.run.device == "cpu" {
+    if !recipe.efficiency.recompute {
         all.push("`efficiency.recompute = true`".to_owned());
     }
     if parts * factor <= batch {

@@ -86,6 +86,9 @@ fn bfloat16_keeps_less_and_operations_with_a_backward_of_their_own_a_fraction() 
     // The result in single precision; three projections and the heads' results, and the hidden layer, in bfloat16.
     for (ours, numbers) in ours[1].into_iter().zip([4 * WIDTH, 4 * WIDTH]) {
         let expected = 4 * WIDTH + 2 * numbers;
-        assert!((expected * 99 / 100..expected * 11 / 10).contains(&ours), "{ours} bytes per token, expected {expected}");
+        assert!(
+            (expected * 99 / 100..expected * 11 / 10).contains(&ours),
+            "{ours} bytes per token, expected {expected}"
+        );
     }
 }

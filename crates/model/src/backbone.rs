@@ -166,8 +166,7 @@ impl Backbone {
     }
 
     /// The same, with blocks whose backward pass computes again what lies between their linear layers instead of keeping it:
-    /// less memory, more work, the same values. On the CPU, in a vision transformer, where stochastic depth leaves the block
-    /// alone; elsewhere nothing changes.
+    /// less memory, more work, the same values. SwiGLU layers and blocks with RMS norm keep theirs, as does a ConvNeXt.
     pub fn recomputing(mut self, recompute: bool) -> Self {
         if let Self::Vit(vit) = &mut self {
             vit.blocks.iter_mut().for_each(|block| block.recompute = recompute);

@@ -19,7 +19,7 @@ use crate::{
     draws::{BranchDraw, StochasticDraws},
     init::Init,
     interpolation::{self, Filter},
-    layers::{Linear, Norm, branch},
+    layers::{Linear, Norm, branch, residual},
     vit::{Features, LayerFeatures},
 };
 
@@ -176,13 +176,13 @@ impl ConvNextBlock {
     pub fn forward(&self, x: Tensor<4>, draw: &BranchDraw) -> Tensor<4> {
         let shape @ [batch, height, width, dim] = x.dims();
         let tokens = x.reshape([batch, height * width, dim]);
-        let y = branch(tokens, draw, self.gamma.as_ref().map(Param::val), |x| {
-            let [batch, places, _] = x.dims();
-            let x = x.reshape([batch, height, width, dim]);
+        let y = branch(tokens, draw, self.gamma.as_ref().map(Param::val), |tokens, gamma| {
+            let [batch, places, _] = tokens.dims();
+            let x = tokens.clone().reshape([batch, height, width, dim]);
             let x = kernels::depthwise_conv(x, self.dwconv.weight.val(), self.dwconv.bias.val());
             let x = self.norm.forward(x.reshape([batch * places, dim]));
             let x = self.pwconv2.forward(kernels::gelu(self.pwconv1.forward(x)));
-            x.reshape([batch, places, dim])
+            residual(tokens, x.reshape([batch, places, dim]), gamma)
         });
         y.reshape(shape)
     }

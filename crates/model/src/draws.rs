@@ -18,7 +18,8 @@ pub enum BranchDraw {
     Keep,
     /// It runs on these samples of the batch and is scaled by `batch / subset`, which keeps its expectation.
     Subset(Vec<usize>),
-    /// It runs on every sample; each sample's output is multiplied by its entry (0, or 1 / keep probability).
+    /// Each sample's output is multiplied by its entry: 0, for which it need not run, or a factor that is the same for all the
+    /// others (1 / keep probability).
     Scale(Vec<f32>),
 }
 
@@ -34,6 +35,33 @@ impl BranchDraw {
     pub fn per_sample(rate: f64, uniform: impl IntoIterator<Item = f64>) -> Self {
         let scale = (1.0 / (1.0 - rate)) as f32;
         Self::Scale(uniform.into_iter().map(|u| if u < rate { 0.0 } else { scale }).collect())
+    }
+
+    /// The samples of a batch that the branch runs on, in ascending order, and the factor of its output there; `None` if it
+    /// runs on all as it is.
+    ///
+    /// # Panics
+    /// If the factors of a [`Scale`](Self::Scale) differ, or are not as many as samples.
+    pub(crate) fn kept(&self, batch: usize) -> Option<(Vec<usize>, f64)> {
+        match self {
+            Self::Keep => None,
+            Self::Subset(kept) => {
+                let mut kept = kept.clone();
+                kept.sort_unstable();
+                let factor = batch as f64 / kept.len() as f64;
+                Some((kept, factor))
+            }
+            Self::Scale(factors) => {
+                assert_eq!(factors.len(), batch, "stochastic depth: a factor for each sample");
+                let kept: Vec<usize> = (0..batch).filter(|&sample| factors[sample] != 0.0).collect();
+                let factor = kept.first().map_or(1.0, |&sample| factors[sample]);
+                assert!(
+                    kept.iter().all(|&sample| factors[sample] == factor),
+                    "stochastic depth: one factor for all samples that are kept"
+                );
+                Some((kept, f64::from(factor)))
+            }
+        }
     }
 
     /// The draw of a list of tokens, each a sample of its own: every token has what its sample of the `batch` drew.

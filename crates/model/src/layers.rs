@@ -1,7 +1,7 @@
 //! The layers of a transformer block, named as the references name them.
 
 use burn::module::{Module, Param};
-use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation};
+use burn::tensor::{Int, Tensor, TensorData, activation};
 use dinoxide_kernels as kernels;
 use dinoxide_kernels::{Normalization, Precision, Projection, RopeTable};
 use rand::Rng;
@@ -312,13 +312,11 @@ impl Block {
     /// The first branch.
     fn attention(&self, x: Tensor<3>, rope: Option<&RopeTable>, draw: &BranchDraw) -> Tensor<3> {
         let attn = &self.attn;
-        match (draw, self.attention_branch()) {
-            (BranchDraw::Keep, Some(branch)) => kernels::attention(x, branch, attn.num_heads, rope),
-            _ => {
-                let gamma = self.ls1.as_ref().map(|scale| scale.gamma.val());
-                branch(x, draw, gamma, |x| attn.forward(self.norm1.forward_tokens(x), rope))
-            }
-        }
+        let gamma = self.ls1.as_ref().map(|scale| scale.gamma.val());
+        branch(x, draw, gamma, |x, gamma| match self.attention_branch() {
+            Some(branch) => kernels::attention(x, kernels::Branch { gamma, ..branch }, attn.num_heads, rope),
+            None => residual(x.clone(), attn.forward(self.norm1.forward_tokens(x), rope), gamma),
+        })
     }
 
     /// What the first branch is made of, where it has a layer norm.
@@ -337,46 +335,56 @@ impl Block {
     /// The second branch.
     fn feed_forward(&self, x: Tensor<3>, draw: &BranchDraw) -> Tensor<3> {
         let gamma = self.ls2.as_ref().map(|scale| scale.gamma.val());
-        match (draw, self.norm2.normalization(), &self.mlp.fc1, &self.mlp.fc2) {
-            (BranchDraw::Keep, Some(norm), Some(fc1), Some(fc2)) => {
+        branch(x, draw, gamma, |x, gamma| match (self.norm2.normalization(), &self.mlp.fc1, &self.mlp.fc2) {
+            (Some(norm), Some(fc1), Some(fc2)) => {
                 let (first, last) = (fc1.projection(), fc2.projection());
                 let precision = fc1.precision;
                 let branch = kernels::Branch { norm, first, last, gamma, precision, recompute: self.recompute };
                 on_rows(x, |rows| kernels::feed_forward(rows, branch))
             }
-            _ => branch(x, draw, gamma, |x| on_rows(x, |rows| self.mlp.forward(self.norm2.forward(rows)))),
-        }
+            _ => {
+                let y = on_rows(x.clone(), |rows| self.mlp.forward(self.norm2.forward(rows)));
+                residual(x, y, gamma)
+            }
+        })
     }
 }
 
-/// `x + gamma·f(x)`, under a draw of stochastic depth.
+/// `x + gamma·y`; no scale is a scale of one.
+pub(crate) fn residual(x: Tensor<3>, y: Tensor<3>, gamma: Option<Tensor<1>>) -> Tensor<3> {
+    let [batch, tokens, dim] = x.dims();
+    let rows = [batch * tokens, dim];
+    kernels::residual(x.reshape(rows), y.reshape(rows), gamma).reshape([batch, tokens, dim])
+}
+
+/// A residual branch `f(x, gamma) = x + gamma·g(x)` under a draw of stochastic depth: it runs on the samples that are kept,
+/// with a gamma that is larger by the draw's factor, and the others stay as they are.
 pub(crate) fn branch(
     x: Tensor<3>,
     draw: &BranchDraw,
     gamma: Option<Tensor<1>>,
-    f: impl FnOnce(Tensor<3>) -> Tensor<3>,
+    f: impl FnOnce(Tensor<3>, Option<Tensor<1>>) -> Tensor<3>,
 ) -> Tensor<3> {
-    let [batch, tokens, dim] = x.dims();
-    let scaled = |y: Tensor<3>| match &gamma {
-        Some(gamma) => y * gamma.clone().unsqueeze(),
-        None => y,
-    };
-    match draw {
-        BranchDraw::Keep => {
-            let rows = [batch * tokens, dim];
-            let y = f(x.clone()).reshape(rows);
-            kernels::residual(x.reshape(rows), y, gamma).reshape([batch, tokens, dim])
-        }
-        BranchDraw::Subset(kept) => {
-            let indices: Vec<i32> = kept.iter().map(|&i| i as i32).collect();
-            let indices = Tensor::<1, Int>::from_data(TensorData::from(indices.as_slice()), &x.device());
-            let y = scaled(f(x.clone().select(0, indices.clone())));
-            x.select_assign(0, indices, y * (batch as f64 / kept.len() as f64), IndexingUpdateOp::Add)
-        }
-        BranchDraw::Scale(factors) => {
-            let factors = Tensor::<1>::from_data(TensorData::from(factors.as_slice()), &x.device());
-            let y = scaled(f(x.clone()));
-            x + y * factors.reshape([batch, 1, 1])
-        }
+    let [batch, _, dim] = x.dims();
+    let Some((kept, factor)) = draw.kept(batch) else { return f(x, gamma) };
+    if kept.is_empty() {
+        return x;
     }
+    let device = x.device();
+    let gamma = Some(match gamma {
+        Some(gamma) => gamma * factor,
+        None => Tensor::full([dim], factor, &device),
+    });
+    if kept.len() == batch {
+        return f(x, gamma);
+    }
+    let select = |x: Tensor<3>, samples: &[usize]| {
+        let indices: Vec<i32> = samples.iter().map(|&sample| sample as i32).collect();
+        x.select(0, Tensor::<1, Int>::from_data(indices.as_slice(), &device))
+    };
+    let dropped: Vec<usize> = (0..batch).filter(|sample| kept.binary_search(sample).is_err()).collect();
+    let y = f(select(x.clone(), &kept), gamma);
+    let mut places = vec![0; batch];
+    kept.iter().chain(&dropped).enumerate().for_each(|(place, &sample)| places[sample] = place);
+    select(Tensor::cat(vec![y, select(x, &dropped)], 0), &places)
 }

@@ -85,7 +85,7 @@ pub struct EfficiencyConfig {
     /// Forward and backward in this many parts: less memory, same losses. Stochastic depth picks its samples per part.
     pub micro_batches: usize,
     /// Whether the backward pass computes the inside of a transformer block again instead of keeping it: about a quarter
-    /// more work, a fraction of the memory, the same values. On the CPU; stochastic depth turns it off for its blocks.
+    /// more work, a fraction of the memory, the same values. SwiGLU layers and blocks with RMS norm keep theirs.
     pub recompute: bool,
 }
 
@@ -209,7 +209,6 @@ impl Recipe {
         if let Architecture::ConvNext(_) = backbone {
             self.check_convnext()?;
         }
-        self.check_precision()?;
         self.check_losses()?;
         self.check_gram()?;
         self.check_distillation()?;
@@ -342,17 +341,6 @@ impl Recipe {
                 "`loss.features.relation_weight` compares all images of a batch, which `efficiency.micro_batches` \
                  divides\n\nhint: set `efficiency.micro_batches = 1`",
             );
-        }
-        Ok(())
-    }
-
-    fn check_precision(&self) -> Result<(), TrainError> {
-        if self.train.precision == Precision::Bf16 && self.efficiency.recompute {
-            return Err(TrainError::Recipe(
-                "`train.precision` is \"bf16\" and `efficiency.recompute` true: only blocks in single precision compute \
-                 their inside again\n\nhint: set `efficiency.recompute = false`, or `train.precision = \"fp32\"`"
-                    .into(),
-            ));
         }
         Ok(())
     }

@@ -61,7 +61,7 @@ fn cases() -> [Case; 3] {
         norm: HeadNorm::None,
         ibot_weight: 1.0,
         parts: 1,
-        loss_bound: 0.005,
+        loss_bound: 0.002,
     };
     [
         Case {
@@ -76,7 +76,7 @@ fn cases() -> [Case; 3] {
             centering: Centering::Softmax,
             norm: HeadNorm::WeightFixed,
             // A loss that falls to a quarter in 50 steps on three batches: what differs grows with it.
-            loss_bound: 0.25,
+            loss_bound: 0.05,
             ..case
         },
         Case { name: "ConvNeXt, Sinkhorn", model: convnext, sizes: [64, 32], ibot_weight: 0.0, ..case },
@@ -171,7 +171,8 @@ fn train(case: &Case, precision: Precision) -> Trained {
         let draws = (0..case.parts).map(|_| [2, LOCALS].map(|crops| backbone.draw(crops * share, &mut rng))).collect();
         let at = Scheduled {
             step,
-            lr: 2e-4,
+            // At twice this rate the loss of the second case runs away from rounding noise, of whatever size it is.
+            lr: 1e-4,
             last_layer_frozen: false,
             backbone_frozen: false,
             weight_decay: 0.04,
@@ -214,7 +215,7 @@ fn fifty_steps_in_bfloat16_stay_near_those_in_single_precision() {
         // On at all: rounding of single precision alone would leave them nearer than this.
         assert!(of_loss > 1e-5 && of_student > 1e-3, "{}: the precision changes nothing", case.name);
         assert!(of_loss < case.loss_bound, "{}", case.name);
-        assert!(of_student < 0.2 && of_teacher < 0.2, "{}", case.name);
+        assert!(of_student < 0.1 && of_teacher < 0.1, "{}", case.name);
     }
     assert_eq!(cases().len(), 3);
 }

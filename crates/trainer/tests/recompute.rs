@@ -4,7 +4,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_augmentation::{MaskConfig, batch_masks};
 use dinoxide_model::weights::host;
-use dinoxide_model::{HeadConfig, ModelConfig, parameters};
+use dinoxide_model::{HeadConfig, ModelConfig, Precision, parameters};
 use dinoxide_random::{Purpose, stream};
 use dinoxide_trainer::batch::Batch;
 use dinoxide_trainer::loss::LossConfig;
@@ -27,12 +27,18 @@ fn noise(shape: [usize; 5], key: u64) -> Tensor<5> {
 }
 
 /// The most bytes that two steps set aside at once beyond what there was before, and the student's weights after them.
-fn two_steps(embed_dim: usize, [size, local_size]: [usize; 2], recompute: bool) -> (usize, Vec<u32>) {
+fn two_steps(
+    embed_dim: usize,
+    [size, local_size]: [usize; 2],
+    recompute: bool,
+    precision: Precision,
+) -> (usize, Vec<u32>) {
     let config = ModelConfig {
         embed_dim: Some(embed_dim),
         depth: Some(6),
         num_heads: Some(3),
         patch_size: 4,
+        drop_path_rate: 0.3,
         ..Default::default()
     };
     let backbone = config.resolve(size).expect("sizes fit");
@@ -40,6 +46,8 @@ fn two_steps(embed_dim: usize, [size, local_size]: [usize; 2], recompute: bool) 
     let (optim, losses) = (OptimConfig::default(), LossConfig::default());
     let mut rng = stream(1, Purpose::Init, 0, 0);
     let mut state = TrainState::new(&backbone, &head, Some(&head), &optim, &losses, &Device::flex(), &mut rng);
+    state.student = state.student.with_precision(precision);
+    state.teacher = state.teacher.with_precision(precision);
     state.student.backbone = state.student.backbone.recomputing(recompute);
     let grid = (size / 4, size / 4);
     let before = ALLOCATOR.current_usage();
@@ -78,13 +86,18 @@ fn two_steps(embed_dim: usize, [size, local_size]: [usize; 2], recompute: bool) 
 #[test]
 fn a_step_keeps_activations_or_gradients_but_never_two_of_the_larger() {
     let crops = [40, 16];
-    let (kept, expected) = two_steps(48, crops, false);
-    let (recomputed, weights) = two_steps(48, crops, true);
-    assert!(weights == expected, "the weights differ");
-    assert!(weights.len() > 100_000, "{} weights", weights.len());
-    assert!(recomputed < kept / 2, "{recomputed} bytes with recomputation, {kept} without");
+    for (precision, share) in [(Precision::Fp32, 0.5), (Precision::Bf16, 0.85)] {
+        let (kept, expected) = two_steps(48, crops, false, precision);
+        let (recomputed, weights) = two_steps(48, crops, true, precision);
+        assert!(weights == expected, "{precision:?}: the weights differ");
+        assert!(weights.len() > 100_000, "{} weights", weights.len());
+        assert!(
+            (recomputed as f64) < share * kept as f64,
+            "{precision:?}: {recomputed} bytes with recomputation, {kept} without"
+        );
+    }
 
-    let (peak, weights) = two_steps(192, [8, 4], false);
+    let (peak, weights) = two_steps(192, [8, 4], false, Precision::Fp32);
     // Two moments, which the first step sets aside, and one set of gradients.
     let parameters = 4 * weights.len();
     assert!(peak < parameters * 7 / 2, "{peak} bytes beside parameters of {parameters}");

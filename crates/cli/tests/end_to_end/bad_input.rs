@@ -100,11 +100,6 @@ fn precisions_that_do_not_exist_are_named() {
     let place = Workplace::new();
     let parts = ["train.precision", "fp16", "fp32", "bf16"];
     assert_refused(&place, &["--set", "train.precision='fp16'"], &parts);
-    let parts = [
-        "`train.precision` is \"bf16\" and `efficiency.recompute` true",
-        "hint: set `efficiency.recompute = false`, or `train.precision = \"fp32\"`",
-    ];
-    assert_refused(&place, &["--set", "train.precision='bf16'", "--set", "efficiency.recompute=true"], &parts);
 }
 
 #[test]
