@@ -1,7 +1,7 @@
 //! The layers of a transformer block, named as the references name them.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Int, Tensor, TensorData, activation};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation};
 use dinoxide_kernels as kernels;
 use dinoxide_kernels::{Normalization, Precision, Projection, RopeTable};
 use rand::Rng;
@@ -378,13 +378,8 @@ pub(crate) fn branch(
     if kept.len() == batch {
         return f(x, gamma);
     }
-    let select = |x: Tensor<3>, samples: &[usize]| {
-        let indices: Vec<i32> = samples.iter().map(|&sample| sample as i32).collect();
-        x.select(0, Tensor::<1, Int>::from_data(indices.as_slice(), &device))
-    };
-    let dropped: Vec<usize> = (0..batch).filter(|sample| kept.binary_search(sample).is_err()).collect();
-    let y = f(select(x.clone(), &kept), gamma);
-    let mut places = vec![0; batch];
-    kept.iter().chain(&dropped).enumerate().for_each(|(place, &sample)| places[sample] = place);
-    select(Tensor::cat(vec![y, select(x, &dropped)], 0), &places)
+    let samples: Vec<i32> = kept.iter().map(|&sample| sample as i32).collect();
+    let samples = Tensor::<1, Int>::from_data(samples.as_slice(), &device);
+    let y = f(x.clone().select(0, samples.clone()), gamma);
+    x.select_assign(0, samples, y, IndexingUpdateOp::Assign)
 }

@@ -1,10 +1,10 @@
 //! Backends agree: single operations and whole training steps on the CPU and on a GPU backend, compared number by number.
 //!
-//! Needs the feature `wgpu` or `vulkan` and a driver; a software driver serves. `DINOXIDE_DEVICE` says which device:
-//! `wgpu:cpu` or `vulkan:cpu` for a software driver, `wgpu` or `vulkan` for the adapter that the backend prefers. Without it,
-//! the test says aloud that it compared nothing.
+//! Needs the feature `wgpu`, `vulkan` or `cuda` and a driver; a software driver serves. `DINOXIDE_DEVICE` says which device:
+//! `wgpu:cpu` or `vulkan:cpu` for a software driver, `wgpu`, `vulkan` or `cuda` for the adapter that the backend prefers. Without
+//! it, the test says aloud that it compared nothing.
 
-#![cfg(any(feature = "vulkan", feature = "wgpu"))]
+#![cfg(any(feature = "cuda", feature = "vulkan", feature = "wgpu"))]
 #![allow(clippy::print_stderr, reason = "what was skipped and what deviated is this test's output")]
 
 use std::collections::BTreeMap;
@@ -121,6 +121,8 @@ fn other_device() -> Option<Device> {
         Some(_) => panic!("DINOXIDE_DEVICE={name}: expected `BACKEND` or `BACKEND:cpu`"),
     };
     match backend {
+        #[cfg(feature = "cuda")]
+        "cuda" => Some(Device::cuda(0)),
         #[cfg(feature = "wgpu")]
         "wgpu" => Some(Device::wgpu(kind)),
         #[cfg(feature = "vulkan")]
@@ -134,7 +136,7 @@ fn device_or_skip() -> Option<Device> {
     let device = other_device();
     if device.is_none() {
         eprintln!(
-            "SKIPPED: set DINOXIDE_DEVICE=wgpu:cpu, wgpu, vulkan:cpu or vulkan to compare the CPU with that device"
+            "SKIPPED: set DINOXIDE_DEVICE=wgpu:cpu, wgpu, vulkan:cpu, vulkan or cuda to compare the CPU with that device"
         );
     }
     device
