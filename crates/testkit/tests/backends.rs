@@ -122,7 +122,7 @@ fn other_device() -> Option<Device> {
     };
     match backend {
         #[cfg(feature = "cuda")]
-        "cuda" => Some(Device::cuda(0)),
+        "cuda" if matches!(kind, DeviceKind::DefaultDevice) => Some(Device::cuda(0)),
         #[cfg(feature = "wgpu")]
         "wgpu" => Some(Device::wgpu(kind)),
         #[cfg(feature = "vulkan")]
