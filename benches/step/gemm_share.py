@@ -9,6 +9,7 @@ prototypes, patch embedding; of the last block what is computed. Norms, activati
 """
 
 import argparse
+import ast
 import json
 import pathlib
 import statistics
@@ -24,7 +25,7 @@ MASKED = 0.5 * 0.3
 def sizes():
     """Those of the peer, without importing PyTorch."""
     text = (HERE.parent / "peer/step/step.py").read_text()
-    return eval(text[text.index("SIZES = {") + len("SIZES = ") : text.index("}\n", text.index("SIZES = {")) + 1])
+    return ast.literal_eval(text[text.index("SIZES = {") + len("SIZES = ") : text.index("}\n", text.index("SIZES = {")) + 1])
 
 
 def work(size):

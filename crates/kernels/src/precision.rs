@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 /// Weights, gradients of weights, activations between operations, losses, optimizer and running mean are in single
 /// precision under each. Under [`Bf16`](Self::Bf16) the two operands of a product are rounded to bfloat16 (8 bits of
 /// mantissa, the exponents of single precision) as they enter it, and its result as it leaves it, whereupon it is single
-/// precision again. So are the two products of its gradient, with the gradient of the result as an operand. Sums of products
+/// precision again. So are the two products of its gradient, with the gradient of the result as an operand (in the last layer
+/// of a block's branch, that of the weight takes the gradient before it is multiplied by the layer scale). Sums of products
 /// are formed in single precision: in the accumulators of a GPU's matrix units, and on the CPU, where rounded operands are
 /// multiplied as single-precision numbers. The two differ by the order of the sums.
 ///

@@ -181,8 +181,8 @@ fn guidance(state: &TrainState, part: &Batch, seen: &Seen, config: &LossConfig) 
     Guidance { features: matched, gram: gram.flatten() }
 }
 
-/// Targets of each micro-batch from the logits of all, with the [`TargetEntropy`] of the CLS targets, `[2]`. Logits that no center will
-/// ask for are taken, and their memory with them.
+/// Targets of each micro-batch from the logits of all, with the [`TargetEntropy`] of the CLS targets, `[2]`. Logits that no
+/// center will ask for are taken, and their memory with them.
 pub(crate) fn center(
     state: &TrainState,
     logits: &mut [TeacherOutputs],

@@ -209,11 +209,12 @@ impl First {
 
     /// The gradients of the norm's input, its gain and offset, of weight and bias.
     fn backward(&self, x: Tensor<2>, norm: &Norm, grad: Tensor<2>) -> [DispatchTensor; 5] {
-        let normalized = self.precision.operand(norm.forward(x.clone()));
+        let units = norm.units(x);
+        let normalized = self.precision.operand(norm.scaled(&units));
         let rounded = self.precision.operand(grad.clone());
         let dweight = widened(rounded.clone().transpose().matmul(normalized));
         let dnormalized = widened(rounded.matmul(self.precision.operand(self.weight.clone())));
-        let [dx, dnorm_weight, dnorm_bias] = norm.backward(x, dnormalized);
+        let [dx, dnorm_weight, dnorm_bias] = norm.backward(units, dnormalized);
         [dx, dnorm_weight, dnorm_bias, dweight.into_dispatch(), column_sums(grad).into_dispatch()]
     }
 }

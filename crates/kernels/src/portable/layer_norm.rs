@@ -29,8 +29,7 @@ impl Operation<3> for LayerNorm {
     }
 
     fn backward(&self, (x, norm): Self::Kept, grad: DispatchTensor) -> [DispatchTensor; 3] {
-        let [dx, dweight, dbias] = norm.backward(x, Tensor::from_dispatch(grad));
-        [dx, dweight, dbias]
+        norm.backward(norm.units(x), Tensor::from_dispatch(grad))
     }
 }
 
@@ -52,14 +51,23 @@ impl Norm {
         composed::layer_norm(x, self.weight.clone(), self.bias.clone(), self.eps)
     }
 
+    /// What the backward pass computes again of the forward pass.
+    pub(super) fn units(&self, x: Tensor<2>) -> Units {
+        let centered = x.clone() - x.mean_dim(1);
+        let deviation = (centered.clone().powi_scalar(2).mean_dim(1) + self.eps).sqrt();
+        Units { value: centered / deviation.clone(), deviation }
+    }
+
+    /// What [`forward`](Self::forward) makes of the same input, to the bit.
+    pub(super) fn scaled(&self, units: &Units) -> Tensor<2> {
+        units.value.clone() * self.weight.clone().unsqueeze() + self.bias.clone().unsqueeze()
+    }
+
     /// The gradients of input, gain and offset.
     ///
     /// With `u = (x − mean)/deviation` and `a = grad·weight`, both means over a row:
     /// `dx = (a − mean(a) − u·mean(a·u))/deviation`.
-    pub(super) fn backward(&self, x: Tensor<2>, grad: Tensor<2>) -> [DispatchTensor; 3] {
-        let centered = x.clone() - x.mean_dim(1);
-        let deviation = (centered.clone().powi_scalar(2).mean_dim(1) + self.eps).sqrt();
-        let unit = centered / deviation.clone();
+    pub(super) fn backward(&self, Units { value: unit, deviation }: Units, grad: Tensor<2>) -> [DispatchTensor; 3] {
         let dbias = column_sums(grad.clone());
         let dweight = column_sums(grad.clone() * unit.clone());
         let scaled = grad * self.weight.clone().unsqueeze();
@@ -67,6 +75,12 @@ impl Norm {
         let dx = (scaled.clone() - scaled.mean_dim(1) - unit * along) / deviation;
         [dx.into_dispatch(), dweight.into_dispatch(), dbias.into_dispatch()]
     }
+}
+
+/// Rows of mean 0 and variance 1, `[M, D]`, and the deviation of each before, `[M, 1]`.
+pub(super) struct Units {
+    value: Tensor<2>,
+    deviation: Tensor<2>,
 }
 
 /// `[M, D]` → `[D]`.

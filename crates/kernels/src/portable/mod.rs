@@ -13,8 +13,9 @@
 //! What a product rounded to bfloat16 is kept in that type, which loses nothing. Maps of attention exist for [`SLAB`] numbers
 //! at a time, in the forward as in the backward pass.
 //!
-//! Everything is written on plain [`Tensor`](burn::tensor::Tensor)s, so a backend's own fusion of elementwise operations and its tuned matrix products
-//! apply, and one source serves all of them. [`operation`] connects it to burn's automatic differentiation.
+//! Everything is written on plain [`Tensor`](burn::tensor::Tensor)s, so a backend's own fusion of elementwise operations and
+//! its tuned matrix products apply, and one source serves all of them. [`operation`] connects it to burn's automatic
+//! differentiation.
 
 mod attention;
 mod branches;
@@ -26,5 +27,6 @@ pub(crate) use branches::{attention, feed_forward};
 pub(crate) use layer_norm::layer_norm;
 
 /// Elements of attention maps that exist at a time: 64 MB in single precision, about the second level of cache of the GPUs
-/// that train backbones, and no less than the maps of a hundred crops of 197 tokens and four heads, so that common batches take few launches.
+/// that train backbones, and no less than the maps of a hundred crops of 197 tokens and four heads, so that common batches
+/// take few launches.
 const SLAB: usize = 1 << 24;
