@@ -15,7 +15,7 @@ use dinoxide_kernels::{
     Branch, Normalization, Precision, Projection, RopeTable, attention, feed_forward, layer_norm, linear,
     selected_attention, self_attention,
 };
-use dinoxide_model::config::Position;
+use dinoxide_model::config::{DropPathKind, Position};
 use dinoxide_model::weights::host;
 use dinoxide_model::{Architecture, HeadConfig, ModelConfig, parameters};
 use dinoxide_random::{Purpose, stream};
@@ -33,7 +33,10 @@ const SIZES: ([usize; 2], [usize; 2]) = ([20, 12], [8, 12]);
 const PATCH: usize = 4;
 const STEPS: u64 = 3;
 
-fn vit(position: Position) -> Architecture {
+/// Of a branch of a block, on the samples of a batch.
+const DROP_PATH: f64 = 0.4;
+
+fn vit(position: Position, drop_path: Option<DropPathKind>) -> Architecture {
     let config = ModelConfig {
         embed_dim: Some(24),
         depth: Some(2),
@@ -41,7 +44,8 @@ fn vit(position: Position) -> Architecture {
         patch_size: PATCH,
         register_tokens: if position == Position::Rope { 2 } else { 0 },
         mask_k_bias: position == Position::Rope,
-        drop_path_rate: 0.0,
+        drop_path_rate: drop_path.map_or(0.0, |_| DROP_PATH),
+        drop_path: drop_path.unwrap_or(DropPathKind::Subset),
         position,
         rope_shift: 0.0,
         rope_jitter: 1.0,
@@ -73,8 +77,13 @@ fn batch(key: u64, device: &Device) -> Batch {
 }
 
 /// The reports of a few steps, and every weight of student and teacher after them.
-fn train(position: Position, centering: Centering, device: &Device) -> (Vec<StepReport>, BTreeMap<String, Vec<f32>>) {
-    let backbone = vit(position);
+fn train(
+    position: Position,
+    centering: Centering,
+    drop_path: Option<DropPathKind>,
+    device: &Device,
+) -> (Vec<StepReport>, BTreeMap<String, Vec<f32>>) {
+    let backbone = vit(position, drop_path);
     let losses = LossConfig { centering, ..LossConfig::default() };
     let head = |prototypes| HeadConfig { prototypes, bottleneck_dim: 6, hidden_dim: 10, ..HeadConfig::default() };
     // Where a gradient is 0, a first step of Adam is the sign of rounding noise unless `eps` is above it.
@@ -248,9 +257,14 @@ fn operations_and_their_gradients_are_those_of_the_cpu() {
 fn cpu_and_gpu_take_the_same_steps() {
     let Some(device) = device_or_skip() else { return };
     let mut compared = 0;
-    for (position, centering) in [(Position::Rope, Centering::Sinkhorn), (Position::Learned, Centering::Softmax)] {
-        let (cpu, cpu_weights) = train(position, centering, &Device::flex());
-        let (gpu, gpu_weights) = train(position, centering, &device);
+    for (position, centering, drop_path) in [
+        (Position::Rope, Centering::Sinkhorn, None),
+        (Position::Learned, Centering::Softmax, None),
+        (Position::Rope, Centering::Sinkhorn, Some(DropPathKind::Subset)),
+        (Position::Rope, Centering::Sinkhorn, Some(DropPathKind::PerSample)),
+    ] {
+        let (cpu, cpu_weights) = train(position, centering, drop_path, &Device::flex());
+        let (gpu, gpu_weights) = train(position, centering, drop_path, &device);
         let mut worst: BTreeMap<&str, f64> = BTreeMap::new();
         let mut see = |what, deviation: f64| {
             let worst = worst.entry(what).or_default();
@@ -279,11 +293,15 @@ fn cpu_and_gpu_take_the_same_steps() {
             let worst = a.iter().zip(b).fold(0f32, |m, (a, b)| m.max((a - b).abs())) / scale;
             see("weight", f64::from(worst));
         }
-        eprintln!("{position:?}, {centering:?}: largest relative deviations {worst:?}");
+        eprintln!("{position:?}, {centering:?}, stochastic depth {drop_path:?}: largest relative deviations {worst:?}");
         for (what, bound) in [("loss", 1e-4), ("gradient norm", 1e-3), ("entropy", 1e-4), ("weight", 1e-3)] {
-            assert!(worst[what] < bound, "{position:?}: {what} deviates by {:.2e}, bound {bound:.0e}", worst[what]);
+            assert!(
+                worst[what] < bound,
+                "{position:?}, {drop_path:?}: {what} deviates by {:.2e}, bound {bound:.0e}",
+                worst[what]
+            );
         }
     }
     eprintln!("backends: {compared} values compared");
-    assert!(compared > 200);
+    assert!(compared > 400);
 }

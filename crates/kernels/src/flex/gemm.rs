@@ -8,15 +8,28 @@ use std::ops::Range;
 use gemm::Parallelism;
 use rayon::prelude::*;
 
-/// Rows or columns of the largest tile. Its operands lie in the caches of one core, and packing them costs little beside
-/// the product.
-const LARGEST_TILE: usize = 288;
+use super::simd;
 
-/// Tiles that a product is cut into at least, so that no thread waits long for another, as far as [`TILE_UNIT`] allows.
+/// How a result is cut into tiles.
+#[derive(Clone, Copy, Debug)]
+struct Tiling {
+    /// Rows or columns of the largest tile. Its operands lie in the caches of one core, and packing them costs little beside
+    /// the product.
+    largest: usize,
+    /// Rows of a tile are a multiple of this, which the rows of a kernel divide.
+    rows: usize,
+    /// Columns of a tile are a multiple of this, which the columns of a kernel divide: other ones fall to a slower kernel.
+    cols: usize,
+}
+
+/// For kernels of 6 × 16 elements, and second-level caches from 256 kB on.
+const AVX2: Tiling = Tiling { largest: 288, rows: 48, cols: 48 };
+
+/// For kernels of 6 × 64 elements, and second-level caches of 1 MB and more.
+const AVX512: Tiling = Tiling { largest: 768, rows: 48, cols: 64 };
+
+/// Tiles that a product is cut into at least, so that no thread waits long for another, as far as their units allow.
 const LEAST_TILES: usize = 8;
-
-/// Tiles are multiples of this, which the kernels' rows and columns divide (6 and 16 with AVX2, 8 and 48 with AVX-512).
-const TILE_UNIT: usize = 48;
 
 /// Multiplications below which a product is not worth waking another thread for.
 const LEAST_SHARED_WORK: usize = 1 << 19;
@@ -174,7 +187,8 @@ unsafe fn call(
     };
     match threads {
         Threads::Pool if a.rows * b.cols * a.cols >= LEAST_SHARED_WORK => {
-            tiles(a.rows, b.cols).into_par_iter().for_each(tile);
+            let tiling = if simd::has_avx512() { AVX512 } else { AVX2 };
+            tiles(a.rows, b.cols, tiling).into_par_iter().for_each(tile);
         }
         _ => tile((0..a.rows, 0..b.cols)),
     }
@@ -202,21 +216,22 @@ impl Shared {
 }
 
 /// The tiles of a `rows × cols` result: of nearly equal size, row by row.
-fn tiles(rows: usize, cols: usize) -> Vec<(Range<usize>, Range<usize>)> {
-    let (mut down, mut across) = (rows.div_ceil(LARGEST_TILE), cols.div_ceil(LARGEST_TILE));
+fn tiles(rows: usize, cols: usize, tiling: Tiling) -> Vec<(Range<usize>, Range<usize>)> {
+    let (mut down, mut across) = (rows.div_ceil(tiling.largest), cols.div_ceil(tiling.largest));
     while down * across < LEAST_TILES {
         let (height, width) = (rows.div_ceil(down), cols.div_ceil(across));
-        match height.max(width) {
-            ..=TILE_UNIT => break,
-            largest if largest == height => down += 1,
+        match (height > tiling.rows, width > tiling.cols) {
+            (false, false) => break,
+            (true, wide) if !wide || height >= width => down += 1,
             _ => across += 1,
         }
     }
-    let cut = |len: usize, parts: usize| {
-        let step = len.div_ceil(parts).next_multiple_of(TILE_UNIT);
+    let cut = |len: usize, parts: usize, unit: usize| {
+        let step = len.div_ceil(parts).next_multiple_of(unit);
         (0..len).step_by(step).map(move |start| start..(start + step).min(len))
     };
-    cut(rows, down).flat_map(|rows| cut(cols, across).map(move |cols| (rows.clone(), cols))).collect()
+    let row_of_tiles = |rows: Range<usize>| cut(cols, across, tiling.cols).map(move |cols| (rows.clone(), cols));
+    cut(rows, down, tiling.rows).flat_map(row_of_tiles).collect()
 }
 
 #[cfg(test)]
@@ -297,11 +312,16 @@ mod tests {
 
     #[test]
     fn tiles_are_many_and_no_larger_than_they_may() {
-        for (rows, cols) in [(8320, 192), (192, 192), (235, 16384), (1, 1), (1, 5000), (49, 97), (768, 8320)] {
-            let tiles = tiles(rows, cols);
-            assert_eq!(tiles.iter().map(|(r, c)| r.len() * c.len()).sum::<usize>(), rows * cols);
-            assert!(tiles.iter().all(|(r, c)| r.len() <= LARGEST_TILE && c.len() <= LARGEST_TILE));
-            assert!(tiles.len() >= LEAST_TILES.min(rows.div_ceil(2 * TILE_UNIT) * cols.div_ceil(2 * TILE_UNIT)));
+        let sizes =
+            [(8320, 192), (192, 192), (235, 16384), (1, 1), (1, 5000), (49, 97), (768, 8320), (50, 60), (40, 400)];
+        for (tiling, (rows, cols)) in [AVX2, AVX512].into_iter().flat_map(|tiling| sizes.map(|size| (tiling, size))) {
+            let tiles = tiles(rows, cols, tiling);
+            let covered: usize = tiles.iter().map(|(r, c)| r.len() * c.len()).sum();
+            assert_eq!(covered, rows * cols, "{rows}x{cols} {tiling:?}");
+            assert!(tiles.iter().all(|(r, c)| r.len() <= tiling.largest && c.len() <= tiling.largest));
+            assert!(tiles.iter().all(|(r, c)| r.start % tiling.rows == 0 && c.start % tiling.cols == 0));
+            let possible = rows.div_ceil(2 * tiling.rows) * cols.div_ceil(2 * tiling.cols);
+            assert!(tiles.len() >= LEAST_TILES.min(possible), "{} tiles of {rows}x{cols} {tiling:?}", tiles.len());
         }
     }
 

@@ -16,6 +16,14 @@ pub(super) fn available() -> bool {
     !matches!(Arch::new(), Arch::Scalar)
 }
 
+/// Whether this processor has AVX-512.
+pub(super) fn has_avx512() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return matches!(Arch::new(), Arch::V4(_));
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Runs a closure compiled for the best instructions of this processor.
 ///
 /// The closure has to be marked `#[inline(always)]`, and everything inside it that does work has to be inlined too: loops
