@@ -203,8 +203,8 @@ fn in_a_process(args: &Args, index: usize, extent: Extent) -> anyhow::Result<Tri
             child.wait()?;
             anyhow::bail!(
                 "recipe: {blocks} blocks and {parts} micro-batches take more than the {} that were free, and the measurement \
-                 was ended\n\nhint: raise `efficiency.micro_batches`, set `efficiency.recompute = true`, or lower \
-                 `train.batch_size`",
+                 was ended\n\nhint: raise `efficiency.micro_batches`, set `efficiency.recompute = true` (transformers), or \
+                 lower `train.batch_size`",
                 bytes(before)
             );
         }
@@ -255,7 +255,8 @@ fn remedies(recipe: &Recipe, forecast: &Forecast, free: u64) -> String {
     let (batch, parts) = (recipe.train.batch_size, recipe.efficiency.micro_batches);
     let factor = rest.div_ceil(free - state) as usize;
     let mut all = Vec::new();
-    if !recipe.efficiency.recompute {
+    let backbone = recipe.model.resolve(recipe.augmentation.global_crop_size);
+    if !recipe.efficiency.recompute && backbone.is_ok_and(|backbone| backbone.can_recompute()) {
         all.push("`efficiency.recompute = true`".to_owned());
     }
     if parts * factor <= batch {

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Int, Tensor, activation, module, ops::ConvOptions};
 
-use crate::{AdamW, Branch, LEAST_MASS, Precision, RopeTable, product};
+use crate::{AdamW, Branch, LEAST_MASS, Precision, Projection, RopeTable, product};
 
 /// See [`crate::linear`].
 pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, precision: Precision) -> Tensor<2> {
@@ -115,6 +115,21 @@ pub fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
     let normalized = layer_norm(x.clone(), norm.weight, norm.bias, norm.eps);
     let activated = gelu(linear(normalized, first.weight, first.bias, precision));
     residual(x, linear(activated, last.weight, last.bias, precision), gamma)
+}
+
+/// See [`crate::gated_feed_forward`].
+pub fn gated_feed_forward(x: Tensor<2>, branch: Branch, value: Option<Projection>) -> Tensor<2> {
+    let Branch { norm, first, last, gamma, precision, recompute: _ } = branch;
+    let normalized = layer_norm(x.clone(), norm.weight, norm.bias, norm.eps);
+    let made = linear(normalized.clone(), first.weight, first.bias, precision);
+    let (gate, value) = match value {
+        Some(value) => (made, linear(normalized, value.weight, value.bias, precision)),
+        None => {
+            let half = made.dims()[1] / 2;
+            (made.clone().narrow(1, 0, half), made.narrow(1, half, half))
+        }
+    };
+    residual(x, linear(activation::silu(gate) * value, last.weight, last.bias, precision), gamma)
 }
 
 /// `x·cos + rotate_half(x)·sin`, where `rotate_half([a, b]) = [−b, a]` on the two halves of a head.

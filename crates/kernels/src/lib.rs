@@ -164,6 +164,12 @@ pub struct Projection {
     pub bias: Option<Tensor<1>>,
 }
 
+impl Projection {
+    fn bias_or_zero(&self) -> Tensor<1> {
+        self.bias.clone().unwrap_or_else(|| Tensor::zeros([self.weight.dims()[0]], &self.weight.device()))
+    }
+}
+
 /// What a residual branch of a transformer block is made of, besides what lies between its two linear layers.
 #[derive(Clone, Debug)]
 pub struct Branch {
@@ -187,11 +193,7 @@ impl Branch {
     fn into_dispatch(self, width: usize) -> [DispatchTensor; 7] {
         let Self { norm, first, last, gamma, precision: _, recompute: _ } = self;
         let gamma = gamma.unwrap_or_else(|| Tensor::ones([width], &last.weight.device()));
-        let bias = |layer: &Projection| {
-            let out = layer.weight.dims()[0];
-            layer.bias.clone().unwrap_or_else(|| Tensor::zeros([out], &layer.weight.device()))
-        };
-        let (first_bias, last_bias) = (bias(&first), bias(&last));
+        let (first_bias, last_bias) = (first.bias_or_zero(), last.bias_or_zero());
         [
             norm.weight.into_dispatch(),
             norm.bias.into_dispatch(),
@@ -269,6 +271,16 @@ pub fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
     let operation = FeedForward { eps: branch.norm.eps, recompute: branch.recompute };
     let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[1]);
     Tensor::from_dispatch(Dispatch::octonary(x.into_dispatch(), a, b, c, d, e, f, g, operation))
+}
+
+/// The feed-forward branch with a gated hidden layer (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6: SwiGLU), with its
+/// residual connection: `x + gamma·last(silu(gate(n))·value(n))` with `n = layer_norm(x)`.
+///
+/// # Shapes
+/// `x [M, D]`, `last [D, F]` → `[M, D]`. `branch.first` is the gate `[F, D]` and `value` `[F, D]`, or without `value` both in one,
+/// `[2·F, D]`, the gate first.
+pub fn gated_feed_forward(x: Tensor<2>, branch: Branch, value: Option<Projection>) -> Tensor<2> {
+    portable::gated_feed_forward(x, branch, value)
 }
 
 /// In Sinkhorn–Knopp a prototype or a sample with less mass than this counts as if it had this much: its factor would be

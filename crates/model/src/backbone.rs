@@ -65,6 +65,11 @@ impl Architecture {
         }
     }
 
+    /// Whether its blocks can compute their inside again in the backward pass: [`Backbone::recomputing`].
+    pub fn can_recompute(&self) -> bool {
+        matches!(self, Self::Vit(config) if config.norm == crate::config::NormKind::LayerNorm)
+    }
+
     /// Side of the square of pixels that a patch token stands for.
     pub fn stride(&self) -> usize {
         match self {
@@ -166,7 +171,7 @@ impl Backbone {
     }
 
     /// The same, with blocks whose backward pass computes again what lies between their linear layers instead of keeping it:
-    /// less memory, more work, the same values. SwiGLU layers and blocks with RMS norm keep theirs, as does a ConvNeXt.
+    /// less memory, more work, the same values. Blocks with RMS norm keep theirs, as does a ConvNeXt.
     pub fn recomputing(mut self, recompute: bool) -> Self {
         if let Self::Vit(vit) = &mut self {
             vit.blocks.iter_mut().for_each(|block| block.recompute = recompute);

@@ -335,12 +335,18 @@ impl Block {
     /// The second branch.
     fn feed_forward(&self, x: Tensor<3>, draw: &BranchDraw) -> Tensor<3> {
         let gamma = self.ls2.as_ref().map(|scale| scale.gamma.val());
-        branch(x, draw, gamma, |x, gamma| match (self.norm2.normalization(), &self.mlp.fc1, &self.mlp.fc2) {
-            (Some(norm), Some(fc1), Some(fc2)) => {
-                let (first, last) = (fc1.projection(), fc2.projection());
-                let precision = fc1.precision;
+        let Ffn { fc1, fc2, w12, w1, w2, w3 } = &self.mlp;
+        let first = fc1.as_ref().or(w12.as_ref()).or(w1.as_ref());
+        let last = fc2.as_ref().or(w3.as_ref());
+        branch(x, draw, gamma, |x, gamma| match (self.norm2.normalization(), first, last) {
+            (Some(norm), Some(first), Some(last)) => {
+                let precision = first.precision;
+                let (first, last) = (first.projection(), last.projection());
                 let branch = kernels::Branch { norm, first, last, gamma, precision, recompute: self.recompute };
-                on_rows(x, |rows| kernels::feed_forward(rows, branch))
+                on_rows(x, |rows| match fc1 {
+                    Some(_) => kernels::feed_forward(rows, branch),
+                    None => kernels::gated_feed_forward(rows, branch, w2.as_ref().map(Linear::projection)),
+                })
             }
             _ => {
                 let y = on_rows(x.clone(), |rows| self.mlp.forward(self.norm2.forward(rows)));

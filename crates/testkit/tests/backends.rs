@@ -12,8 +12,8 @@ use std::collections::BTreeMap;
 use burn::tensor::{Device, DeviceKind, FloatDType, Tensor, TensorData};
 use dinoxide_augmentation::{MaskConfig, batch_masks};
 use dinoxide_kernels::{
-    Branch, Normalization, Precision, Projection, RopeTable, attention, feed_forward, layer_norm, linear,
-    selected_attention, self_attention,
+    Branch, Normalization, Precision, Projection, RopeTable, attention, feed_forward, gated_feed_forward, layer_norm,
+    linear, selected_attention, self_attention,
 };
 use dinoxide_model::config::{DropPathKind, Position};
 use dinoxide_model::weights::host;
@@ -202,6 +202,13 @@ fn operation(name: &str, precision: Precision, device: &Device) -> Vec<Vec<f32>>
             selected_attention(crops, &[0, 3, 7, 8, 13], branch(3 * WIDTH, WIDTH), HEADS, Some(&rope))
         }
         "feed-forward" => feed_forward(x, branch(HIDDEN, HIDDEN)),
+        "gated feed-forward" => {
+            let branch = branch(HIDDEN, HIDDEN);
+            let weight = input(&[HIDDEN, WIDTH]).reshape([HIDDEN, WIDTH]);
+            let value = Projection { weight, bias: Some(input(&[HIDDEN])) };
+            gated_feed_forward(x, branch, Some(value))
+        }
+        "packed gated feed-forward" => gated_feed_forward(x, branch(2 * HIDDEN, HIDDEN), None),
         _ => unreachable!("{name}"),
     };
     let [count, width] = y.dims();
@@ -231,6 +238,8 @@ fn operations_and_their_gradients_are_those_of_the_cpu() {
             ("attention", 9),
             ("selected attention", 9),
             ("feed-forward", 9),
+            ("gated feed-forward", 11),
+            ("packed gated feed-forward", 9),
         ] {
             let (cpu, gpu) = (operation(name, *precision, &Device::flex()), operation(name, *precision, &device));
             assert_eq!(
@@ -250,7 +259,7 @@ fn operations_and_their_gradients_are_those_of_the_cpu() {
             compared += results;
         }
     }
-    assert_eq!(compared, 37 * precisions.len());
+    assert_eq!(compared, 57 * precisions.len());
 }
 
 #[test]

@@ -85,7 +85,7 @@ pub struct EfficiencyConfig {
     /// Forward and backward in this many parts: less memory, same losses. Stochastic depth picks its samples per part.
     pub micro_batches: usize,
     /// Whether the backward pass computes the inside of a transformer block again instead of keeping it: about a quarter
-    /// more work, a fraction of the memory, the same values. SwiGLU layers and blocks with RMS norm keep theirs.
+    /// more work, a fraction of the memory, the same values. For transformers with layer norm.
     pub recompute: bool,
 }
 
@@ -209,6 +209,7 @@ impl Recipe {
         if let Architecture::ConvNext(_) = backbone {
             self.check_convnext()?;
         }
+        self.check_recompute(&backbone)?;
         self.check_losses()?;
         self.check_gram()?;
         self.check_distillation()?;
@@ -263,6 +264,18 @@ impl Recipe {
             )));
         }
         Ok(())
+    }
+
+    fn check_recompute(&self, backbone: &Architecture) -> Result<(), TrainError> {
+        if !self.efficiency.recompute || backbone.can_recompute() {
+            return Ok(());
+        }
+        Err(TrainError::Recipe(
+            "`efficiency.recompute` is true: only blocks of a vision transformer with layer norm compute their inside again, not \
+             those of a ConvNeXt or with RMS norm\n\nhint: set `efficiency.recompute = false`, and raise \
+             `efficiency.micro_batches` for less memory"
+                .into(),
+        ))
     }
 
     fn check_gram(&self) -> Result<(), TrainError> {

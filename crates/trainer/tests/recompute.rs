@@ -1,8 +1,11 @@
 //! The memory of a step: what blocks save whose backward pass computes their inside again, with nothing else changed, and
 //! how many sets of gradients there are.
 
+#![allow(clippy::print_stdout, reason = "the measured bytes are what a reader of the run looks for")]
+
 use burn::tensor::{Device, Tensor, TensorData};
 use dinoxide_augmentation::{MaskConfig, batch_masks};
+use dinoxide_model::config::FfnKind;
 use dinoxide_model::weights::host;
 use dinoxide_model::{HeadConfig, ModelConfig, Precision, parameters};
 use dinoxide_random::{Purpose, stream};
@@ -30,6 +33,7 @@ fn noise(shape: [usize; 5], key: u64) -> Tensor<5> {
 fn two_steps(
     embed_dim: usize,
     [size, local_size]: [usize; 2],
+    ffn: FfnKind,
     recompute: bool,
     precision: Precision,
 ) -> (usize, Vec<u32>) {
@@ -39,6 +43,7 @@ fn two_steps(
         num_heads: Some(3),
         patch_size: 4,
         drop_path_rate: 0.3,
+        ffn,
         ..Default::default()
     };
     let backbone = config.resolve(size).expect("sizes fit");
@@ -86,18 +91,24 @@ fn two_steps(
 #[test]
 fn a_step_keeps_activations_or_gradients_but_never_two_of_the_larger() {
     let crops = [40, 16];
-    for (precision, share) in [(Precision::Fp32, 0.5), (Precision::Bf16, 0.85)] {
-        let (kept, expected) = two_steps(48, crops, false, precision);
-        let (recomputed, weights) = two_steps(48, crops, true, precision);
-        assert!(weights == expected, "{precision:?}: the weights differ");
+    for (ffn, precision, share) in [
+        (FfnKind::Mlp, Precision::Fp32, 0.5),
+        (FfnKind::Mlp, Precision::Bf16, 0.85),
+        (FfnKind::SwigluFused, Precision::Fp32, 0.65),
+        (FfnKind::Swiglu, Precision::Bf16, 0.85),
+    ] {
+        let (kept, expected) = two_steps(48, crops, ffn, false, precision);
+        let (recomputed, weights) = two_steps(48, crops, ffn, true, precision);
+        println!("{ffn:?} in {precision:?}: {recomputed} bytes with recomputation, {kept} without");
+        assert!(weights == expected, "{ffn:?} in {precision:?}: the weights differ");
         assert!(weights.len() > 100_000, "{} weights", weights.len());
         assert!(
             (recomputed as f64) < share * kept as f64,
-            "{precision:?}: {recomputed} bytes with recomputation, {kept} without"
+            "{ffn:?} in {precision:?}: {recomputed} bytes with recomputation, {kept} without"
         );
     }
 
-    let (peak, weights) = two_steps(192, [8, 4], false, Precision::Fp32);
+    let (peak, weights) = two_steps(192, [8, 4], FfnKind::Mlp, false, Precision::Fp32);
     // Two moments, which the first step sets aside, and one set of gradients.
     let parameters = 4 * weights.len();
     assert!(peak < parameters * 7 / 2, "{peak} bytes beside parameters of {parameters}");

@@ -59,6 +59,18 @@ fn stdout_has_the_change_of_knn_accuracy_and_nothing_else() {
 }
 
 #[test]
+fn recomputation_is_refused_where_nothing_would_be_computed_again() {
+    let place = Workplace::new();
+    let expected = ["`efficiency.recompute` is true", "micro_batches"];
+    let recompute = ["--set", "efficiency.recompute=true"];
+    place.train("refused", &[&recompute[..], &["--set", "model.norm=rms_norm"]].concat()).failed(2, &expected);
+    // `quickstart` trains a ConvNeXt.
+    place
+        .run(&[&["train", "--config", "quickstart", "--run", "refused"][..], &recompute].concat())
+        .failed(2, &expected);
+}
+
+#[test]
 fn a_run_of_no_step_writes_the_backbone_that_a_longer_run_starts_from() {
     let place = Workplace::new();
     let run = place.train("untrained", &["--length", "0 steps"]).succeeded();

@@ -1,14 +1,14 @@
-//! The two residual branches of a transformer block, each as one operation. What the matrix products made is kept for the
+//! The residual branches of a transformer block, each as one operation. What the matrix products made is kept for the
 //! backward pass, or with [`Branch::recompute`] only the input.
 
 use burn::backend::DispatchTensor;
-use burn::tensor::{IndexingUpdateOp, Int, Tensor};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor, activation};
 
 use super::attention::{Heads, SelfAttention};
 use super::layer_norm::{Norm, column_sums};
-use super::operation::{Operation, octonary};
+use super::operation::{Operation, denary, octonary};
 use crate::precision::widened;
-use crate::{Branch, Precision, RopeTable, composed};
+use crate::{Branch, Precision, Projection, RopeTable, composed};
 
 /// See [`crate::attention`]; with `rows`, [`crate::selected_attention`]. The result is `[rows, D]`.
 pub(crate) fn attention(
@@ -43,6 +43,21 @@ pub(crate) fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
     let operation = FeedForward { eps: branch.norm.eps, precision: branch.precision, recompute: branch.recompute };
     let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[1]);
     Tensor::from_dispatch(octonary([x.into_dispatch(), a, b, c, d, e, f, g], operation))
+}
+
+/// See [`crate::gated_feed_forward`].
+pub(crate) fn gated_feed_forward(x: Tensor<2>, branch: Branch, value: Option<Projection>) -> Tensor<2> {
+    let (eps, precision, recompute) = (branch.norm.eps, branch.precision, branch.recompute);
+    let value = value.map(|value| (value.bias_or_zero().into_dispatch(), value.weight.into_dispatch()));
+    let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[1]);
+    let x = x.into_dispatch();
+    Tensor::from_dispatch(match value {
+        None => octonary([x, a, b, c, d, e, f, g], GatedFeedForward::<1> { eps, precision, recompute }),
+        Some((bias, weight)) => {
+            let operation = GatedFeedForward::<2> { eps, precision, recompute };
+            denary([x, a, b, c, d, weight, bias, e, f, g], operation)
+        }
+    })
 }
 
 /// Inputs `x [B, N, D]`; the norm's `weight [D]`, `bias [D]`; the packed projection's `W [3·D, D]`, `b [3·D]`; the last
@@ -99,8 +114,8 @@ impl Operation<8> for Attention {
         let LastGradients { input, weight: dw_out, bias: db_out, gamma: dgamma } = last.backward(grad.clone(), values);
         let packed = self.attention.gradient(&heads, self.spread(input, batch * tokens), batch);
         drop(heads);
-        let x = rows(x);
-        let [dx, dnorm_weight, dnorm_bias, dweight, dbias] = first.backward(x, &norm, rows(packed));
+        let ([dx, dnorm_weight, dnorm_bias], [[dweight, dbias]]) =
+            first_backward(rows(x), &norm, [(first, rows(packed))]);
         let dx = Tensor::<2>::from_dispatch(dx) + self.spread(grad, batch * tokens);
         let dx = dx.reshape([batch, tokens, width]).into_dispatch();
         [dx, dnorm_weight, dnorm_bias, dweight, dbias, dw_out, db_out, dgamma]
@@ -110,7 +125,7 @@ impl Operation<8> for Attention {
 impl Attention {
     fn between(&self, x: &Tensor<3>, norm: &Norm, first: &First) -> (Heads, Tensor<2>) {
         let [batch, tokens, width] = x.dims();
-        let packed = first.with_bias(first.forward(rows(x.clone()), norm));
+        let packed = first.with_bias(first.forward(norm.forward(rows(x.clone()))));
         let heads = self.attention.heads(packed.reshape([batch, tokens, 3 * width]));
         let values = self.select(self.attention.values(&heads, batch));
         (heads, values)
@@ -157,7 +172,7 @@ impl Operation<8> for FeedForward {
         let norm = Norm::new(norm_weight, norm_bias, self.eps);
         let first = First::new(weight, bias, self.precision);
         let last = Last::new(w_out, b_out, gamma, self.precision);
-        let unbiased = first.forward(x.clone(), &norm);
+        let unbiased = first.forward(norm.forward(x.clone()));
         let between = (keep && !self.recompute).then(|| unbiased.clone());
         let y = last.forward(x.clone(), composed::gelu(first.with_bias(unbiased)));
         (y.into_dispatch(), keep.then(|| Kept { x, norm, first, last, between }))
@@ -165,14 +180,137 @@ impl Operation<8> for FeedForward {
 
     fn backward(&self, kept: Self::Kept, grad: DispatchTensor) -> [DispatchTensor; 8] {
         let Kept { x, norm, first, last, between } = kept;
-        let hidden = first.with_bias(between.unwrap_or_else(|| first.forward(x.clone(), &norm)));
+        let hidden = first.with_bias(between.unwrap_or_else(|| first.forward(norm.forward(x.clone()))));
         let grad = Tensor::<2>::from_dispatch(grad);
         let LastGradients { input, weight: dw_out, bias: db_out, gamma: dgamma } =
             last.backward(grad.clone(), composed::gelu(hidden.clone()));
         let dhidden = input * gelu_slope(hidden);
-        let [dx, dnorm_weight, dnorm_bias, dweight, dbias] = first.backward(x, &norm, dhidden);
+        let ([dx, dnorm_weight, dnorm_bias], [[dweight, dbias]]) = first_backward(x, &norm, [(first, dhidden)]);
         let dx = (Tensor::<2>::from_dispatch(dx) + grad).into_dispatch();
         [dx, dnorm_weight, dnorm_bias, dweight, dbias, dw_out, db_out, dgamma]
+    }
+}
+
+/// Inputs `x [M, D]`; the norm's `weight [D]`, `bias [D]`; of one layer, which makes gates and then values, `W [2·F, D]`,
+/// `b [2·F]`, or of two `[F, D]`, `[F]` each; the last layer's `[D, F]`, `[D]`; `γ [D]`.
+#[derive(Clone, Copy, Debug)]
+struct GatedFeedForward<const LAYERS: usize> {
+    eps: f64,
+    precision: Precision,
+    recompute: bool,
+}
+
+/// What its backward pass reads.
+#[derive(Clone, Debug)]
+struct GatedKept<const LAYERS: usize> {
+    x: Tensor<2>,
+    norm: Norm,
+    first: [First; LAYERS],
+    last: Last,
+    /// What the first layers make, before their biases; `None` when it is computed again.
+    between: Option<[Tensor<2>; LAYERS]>,
+}
+
+impl<const LAYERS: usize> GatedFeedForward<LAYERS> {
+    fn value(
+        &self,
+        x: DispatchTensor,
+        norm: [DispatchTensor; 2],
+        first: [[DispatchTensor; 2]; LAYERS],
+        last: [DispatchTensor; 3],
+        keep: bool,
+    ) -> (DispatchTensor, Option<GatedKept<LAYERS>>) {
+        let x = Tensor::<2>::from_dispatch(x);
+        let ([norm_weight, norm_bias], [w_out, b_out, gamma]) = (norm, last);
+        let norm = Norm::new(norm_weight, norm_bias, self.eps);
+        let first = first.map(|[weight, bias]| First::new(weight, bias, self.precision));
+        let last = Last::new(w_out, b_out, gamma, self.precision);
+        let unbiased = made(&first, norm.forward(x.clone()));
+        let between = (keep && !self.recompute).then(|| unbiased.clone());
+        let [gate, value] = gate_and_value(&first, unbiased);
+        let y = last.forward(x.clone(), activation::silu(gate) * value);
+        (y.into_dispatch(), keep.then(|| GatedKept { x, norm, first, last, between }))
+    }
+
+    fn gradients(
+        &self,
+        kept: GatedKept<LAYERS>,
+        grad: DispatchTensor,
+    ) -> ([DispatchTensor; 3], [[DispatchTensor; 2]; LAYERS], [DispatchTensor; 3]) {
+        let GatedKept { x, norm, first, last, between } = kept;
+        let between = between.unwrap_or_else(|| made(&first, norm.forward(x.clone())));
+        let [gate, value] = gate_and_value(&first, between);
+        let opened = activation::silu(gate.clone());
+        let grad = Tensor::<2>::from_dispatch(grad);
+        let LastGradients { input, weight: dw_out, bias: db_out, gamma: dgamma } =
+            last.backward(grad.clone(), opened.clone() * value.clone());
+        // With σ the logistic function, the slope of x·σ(x) is σ(x)·(1 + x·(1 − σ(x))).
+        let open = activation::sigmoid(gate.clone());
+        let slope = open.clone() * (gate * (open.neg() + 1.0) + 1.0);
+        let dgate_and_value = [input.clone() * value * slope, input * opened];
+        let mut dmade = match LAYERS {
+            1 => vec![Tensor::cat(dgate_and_value.into(), 1)],
+            _ => dgate_and_value.into(),
+        }
+        .into_iter();
+        let layers = first.map(|layer| (layer, dmade.next().expect("one for each layer")));
+        let ([dx, dnorm_weight, dnorm_bias], dfirst) = first_backward(x, &norm, layers);
+        let dx = (Tensor::<2>::from_dispatch(dx) + grad).into_dispatch();
+        ([dx, dnorm_weight, dnorm_bias], dfirst, [dw_out, db_out, dgamma])
+    }
+}
+
+/// What each layer makes of the norm's result, before its bias.
+fn made<const LAYERS: usize>(first: &[First; LAYERS], normalized: Tensor<2>) -> [Tensor<2>; LAYERS] {
+    first.each_ref().map(|layer| layer.forward(normalized.clone()))
+}
+
+/// Gates and values `[M, F]`, with their biases.
+fn gate_and_value<const LAYERS: usize>(first: &[First; LAYERS], unbiased: [Tensor<2>; LAYERS]) -> [Tensor<2>; 2] {
+    let mut made = first.iter().zip(unbiased).map(|(layer, unbiased)| layer.with_bias(unbiased));
+    let head = made.next().expect("a layer");
+    match made.next() {
+        Some(value) => [head, value],
+        None => {
+            let half = head.dims()[1] / 2;
+            [head.clone().narrow(1, 0, half), head.narrow(1, half, half)]
+        }
+    }
+}
+
+impl Operation<8> for GatedFeedForward<1> {
+    type Kept = GatedKept<1>;
+
+    fn forward(
+        &self,
+        [x, norm_weight, norm_bias, weight, bias, w_out, b_out, gamma]: [DispatchTensor; 8],
+        keep: bool,
+    ) -> (DispatchTensor, Option<Self::Kept>) {
+        self.value(x, [norm_weight, norm_bias], [[weight, bias]], [w_out, b_out, gamma], keep)
+    }
+
+    fn backward(&self, kept: Self::Kept, grad: DispatchTensor) -> [DispatchTensor; 8] {
+        let ([dx, dnorm_weight, dnorm_bias], [[dweight, dbias]], [dw_out, db_out, dgamma]) = self.gradients(kept, grad);
+        [dx, dnorm_weight, dnorm_bias, dweight, dbias, dw_out, db_out, dgamma]
+    }
+}
+
+impl Operation<10> for GatedFeedForward<2> {
+    type Kept = GatedKept<2>;
+
+    fn forward(
+        &self,
+        [x, norm_weight, norm_bias, w_gate, b_gate, w_value, b_value, w_out, b_out, gamma]: [DispatchTensor; 10],
+        keep: bool,
+    ) -> (DispatchTensor, Option<Self::Kept>) {
+        let first = [[w_gate, b_gate], [w_value, b_value]];
+        self.value(x, [norm_weight, norm_bias], first, [w_out, b_out, gamma], keep)
+    }
+
+    fn backward(&self, kept: Self::Kept, grad: DispatchTensor) -> [DispatchTensor; 10] {
+        let ([dx, dnorm_weight, dnorm_bias], dfirst, [dw_out, db_out, dgamma]) = self.gradients(kept, grad);
+        let [[dw_gate, db_gate], [dw_value, db_value]] = dfirst;
+        [dx, dnorm_weight, dnorm_bias, dw_gate, db_gate, dw_value, db_value, dw_out, db_out, dgamma]
     }
 }
 
@@ -197,26 +335,43 @@ impl First {
         Self { weight: Tensor::from_dispatch(weight), bias: Tensor::from_dispatch(bias), precision }
     }
 
-    /// `LN(x)·Wᵀ`, as the product leaves it.
-    fn forward(&self, x: Tensor<2>, norm: &Norm) -> Tensor<2> {
-        let normalized = self.precision.operand(norm.forward(x));
-        normalized.matmul(self.precision.operand(self.weight.clone()).transpose())
+    /// `normalized·Wᵀ`, as the product leaves it.
+    fn forward(&self, normalized: Tensor<2>) -> Tensor<2> {
+        self.precision.operand(normalized).matmul(self.precision.operand(self.weight.clone()).transpose())
     }
 
     fn with_bias(&self, unbiased: Tensor<2>) -> Tensor<2> {
         widened(unbiased) + self.bias.clone().unsqueeze()
     }
 
-    /// The gradients of the norm's input, its gain and offset, of weight and bias.
-    fn backward(&self, x: Tensor<2>, norm: &Norm, grad: Tensor<2>) -> [DispatchTensor; 5] {
-        let units = norm.units(x);
-        let normalized = self.precision.operand(norm.scaled(&units));
+    /// The gradients of its input, of weight and bias.
+    fn backward(&self, normalized: Tensor<2>, grad: Tensor<2>) -> (Tensor<2>, [DispatchTensor; 2]) {
         let rounded = self.precision.operand(grad.clone());
-        let dweight = widened(rounded.clone().transpose().matmul(normalized));
+        let dweight = widened(rounded.clone().transpose().matmul(self.precision.operand(normalized)));
         let dnormalized = widened(rounded.matmul(self.precision.operand(self.weight.clone())));
-        let [dx, dnorm_weight, dnorm_bias] = norm.backward(units, dnormalized);
-        [dx, dnorm_weight, dnorm_bias, dweight.into_dispatch(), column_sums(grad).into_dispatch()]
+        (dnormalized, [dweight.into_dispatch(), column_sums(grad).into_dispatch()])
     }
+}
+
+/// The gradients of a norm's input, its gain and offset, and of weight and bias of each layer that takes its result, given
+/// those of what the layers make of it.
+fn first_backward<const N: usize>(
+    x: Tensor<2>,
+    norm: &Norm,
+    layers: [(First, Tensor<2>); N],
+) -> ([DispatchTensor; 3], [[DispatchTensor; 2]; N]) {
+    let units = norm.units(x);
+    let normalized = norm.scaled(&units);
+    let mut sum: Option<Tensor<2>> = None;
+    let gradients = layers.map(|(layer, grad)| {
+        let (dnormalized, gradients) = layer.backward(normalized.clone(), grad);
+        sum = Some(match sum.take() {
+            Some(sum) => sum + dnormalized,
+            None => dnormalized,
+        });
+        gradients
+    });
+    (norm.backward(units, sum.expect("a layer takes what the norm makes")), gradients)
 }
 
 /// The last linear layer of a branch, with the layer scale and the residual sum. Plain.
@@ -277,7 +432,7 @@ fn rows(tokens: Tensor<3>) -> Tensor<2> {
 mod tests {
     use burn::tensor::Tensor;
 
-    use super::{attention, feed_forward};
+    use super::{attention, feed_forward, gated_feed_forward};
     use crate::Precision::{self, Bf16, Fp32};
     use crate::testing::{Case, Inputs, assert_same, largest_difference, run};
     use crate::{Branch, Normalization, Projection, RopeTable, composed};
@@ -387,6 +542,55 @@ mod tests {
         assert_eq!(cases, 30);
     }
 
+    /// Of gates and values from one layer the first eight inputs, from two all.
+    fn gated_case(rows: usize, width: usize, inner: usize, layers: usize, tracked: &[bool]) -> Case {
+        let first = 2 * inner / layers;
+        let mut shapes = shapes(&[rows, width], first, inner, [0, 0])[..8].to_vec();
+        if layers == 2 {
+            shapes.extend([vec![first, width], vec![first]]);
+        }
+        case(&shapes, tracked)
+    }
+
+    fn value(t: &Inputs, layers: usize, bias: bool) -> Option<Projection> {
+        (layers == 2).then(|| Projection { weight: t.matrix(8), bias: bias.then(|| t.vector(9)) })
+    }
+
+    #[test]
+    fn gated_feed_forward_equals_composed_whichever_inputs_are_tracked() {
+        let mut cases = 0;
+        for (rows, width, inner) in [(1, 1, 1), (5, 24, 13), (7, 13, 40)] {
+            for layers in [1, 2] {
+                let inputs = 6 + 2 * layers;
+                for alone in 0..inputs + 2 {
+                    let tracked: Vec<bool> = (0..inputs).map(|i| alone == inputs || alone == i).collect();
+                    assert_same(
+                        &gated_case(rows, width, inner, layers, &tracked),
+                        |t| gated_feed_forward(t.matrix(0), branch(t, true, true, Fp32), value(t, layers, true)),
+                        |t| {
+                            composed::gated_feed_forward(
+                                t.matrix(0),
+                                branch(t, true, true, Fp32),
+                                value(t, layers, true),
+                            )
+                        },
+                    );
+                    cases += 1;
+                }
+            }
+        }
+        assert_eq!(cases, 3 * (10 + 12));
+        // Without biases and layer scale.
+        for layers in [1, 2] {
+            let tracked: Vec<bool> = (0..6 + 2 * layers).map(|i| ![4, 6, 7, 9].contains(&i)).collect();
+            assert_same(
+                &gated_case(6, 24, 10, layers, &tracked),
+                |t| gated_feed_forward(t.matrix(0), branch(t, false, false, Fp32), value(t, layers, false)),
+                |t| composed::gated_feed_forward(t.matrix(0), branch(t, false, false, Fp32), value(t, layers, false)),
+            );
+        }
+    }
+
     #[test]
     fn without_biases_or_layer_scale_equals_composed() {
         for (bias, gamma) in [(false, true), (true, false), (false, false)] {
@@ -415,6 +619,10 @@ mod tests {
                 results.extend(run(&attention_case([2, 9, 3, 8], [true; 8]), |t| {
                     attention(t.cube(0), Some(&[0, 4, 9, 17]), branch(t), 3, Some(&rope(t)))
                 }));
+                for layers in [1, 2] {
+                    let case = gated_case(9, 24, 50, layers, &vec![true; 6 + 2 * layers]);
+                    results.extend(run(&case, |t| gated_feed_forward(t.matrix(0), branch(t), value(t, layers, true))));
+                }
                 results.into_iter().flatten().map(f32::to_bits).collect::<Vec<_>>()
             };
             assert_eq!(with(true), with(false), "{precision:?}");
@@ -461,6 +669,17 @@ mod tests {
         };
         compare(attention_case([3, 17, 2, 12], [true; 8]), &attended, &attended_by_definition);
         compare(feed_forward_case(190, 48, 100, [true; 8]), &fed, &fed_by_definition);
-        assert_eq!(compared, 18);
+        for layers in [1, 2] {
+            compare(
+                gated_case(190, 160, 100, layers, &vec![true; 6 + 2 * layers]),
+                &|t, precision| {
+                    gated_feed_forward(t.matrix(0), branch(t, true, true, precision), value(t, layers, true))
+                },
+                &|t, precision| {
+                    composed::gated_feed_forward(t.matrix(0), branch(t, true, true, precision), value(t, layers, true))
+                },
+            );
+        }
+        assert_eq!(compared, 18 + 9 + 11);
     }
 }

@@ -23,7 +23,7 @@ mod layer_norm;
 mod operation;
 
 pub(crate) use attention::self_attention;
-pub(crate) use branches::{attention, feed_forward};
+pub(crate) use branches::{attention, feed_forward, gated_feed_forward};
 pub(crate) use layer_norm::layer_norm;
 
 /// Elements of attention maps that exist at a time: 64 MB in single precision, about the second level of cache of the GPUs

@@ -49,6 +49,15 @@ pub(super) fn octonary<O: Operation<8>>(inputs: [DispatchTensor; 8], operation: 
     Dispatch::portable_octonary(a, b, c, d, e, f, g, h, operation)
 }
 
+/// The value of an operation of ten tensors, followed by automatic differentiation where one of them is.
+pub(super) fn denary<O: Operation<10>>(inputs: [DispatchTensor; 10], operation: O) -> DispatchTensor {
+    if inputs.iter().all(is_plain) {
+        return operation.forward(inputs, false).0;
+    }
+    let [a, b, c, d, e, f, g, h, i, j] = inputs;
+    Dispatch::portable_denary(a, b, c, d, e, f, g, h, i, j, operation)
+}
+
 fn is_plain(tensor: &DispatchTensor) -> bool {
     tensor.autodiff == DispatchAutodiffContext::Disabled
 }
@@ -81,6 +90,21 @@ pub(crate) trait Portable: Backend {
         h: FloatTensor<Self>,
         operation: O,
     ) -> FloatTensor<Self>;
+    /// Runs an operation of ten tensors.
+    #[allow(clippy::too_many_arguments, reason = "as above")]
+    fn portable_denary<O: Operation<10>>(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        e: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+        g: FloatTensor<Self>,
+        h: FloatTensor<Self>,
+        i: FloatTensor<Self>,
+        j: FloatTensor<Self>,
+        operation: O,
+    ) -> FloatTensor<Self>;
 }
 
 /// The methods of [`Portable`] for a backend, by a function of an operation and its inputs.
@@ -111,6 +135,22 @@ macro_rules! by {
             operation: O,
         ) -> FloatTensor<Self> {
             $run(operation, [a, b, c, d, e, f, g, h])
+        }
+
+        fn portable_denary<O: Operation<10>>(
+            a: FloatTensor<Self>,
+            b: FloatTensor<Self>,
+            c: FloatTensor<Self>,
+            d: FloatTensor<Self>,
+            e: FloatTensor<Self>,
+            f: FloatTensor<Self>,
+            g: FloatTensor<Self>,
+            h: FloatTensor<Self>,
+            i: FloatTensor<Self>,
+            j: FloatTensor<Self>,
+            operation: O,
+        ) -> FloatTensor<Self> {
+            $run(operation, [a, b, c, d, e, f, g, h, i, j])
         }
     };
 }
