@@ -18,14 +18,14 @@ mod precision;
 mod testing;
 
 use burn::backend::{Dispatch, DispatchTensor};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Tensor, activation};
 
 pub use precision::{Precision, product};
 
 use flex::{
-    Attention, AttentionBranch, DepthwiseConv, FeedForward, FlexKernels, FlexPrototypes, FlexUpdates, Gelu, LayerNorm,
-    Linear, Residual, RotaryAttention, RotaryAttentionBranch, RotarySelectedAttention, SelectedAttention,
-    WithGradients,
+    Attention, AttentionBranch, DepthwiseConv, FeedForward, FlexGates, FlexKernels, FlexProducts, FlexPrototypes,
+    FlexUpdates, Gelu, LayerNorm, Linear, Residual, RotaryAttention, RotaryAttentionBranch, RotarySelectedAttention,
+    SelectedAttention, WithGradients,
 };
 
 /// Cosine and sine tables of a rotary position embedding, one row per token.
@@ -142,6 +142,41 @@ pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>
         }
         None => Dispatch::unary(qkv, Attention { num_heads }),
     })
+}
+
+/// `a·b` of plain matrices, as fast as the device does it.
+pub(crate) fn times(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
+    if a.dtype() != b.dtype() || !flex::supports_plain(&a.device(), a.dtype()) {
+        return a.matmul(b);
+    }
+    Tensor::from_dispatch(Dispatch::product(a.into_dispatch(), b.into_dispatch()))
+}
+
+/// `silu(gate)·value` of plain matrices.
+pub(crate) fn gated(gate: Tensor<2>, value: Tensor<2>, precision: Precision) -> Tensor<2> {
+    if !fuses(&gate.device(), gate.dtype(), precision) {
+        return activation::silu(gate) * value;
+    }
+    Tensor::from_dispatch(Dispatch::gated(gate.into_dispatch(), value.into_dispatch()))
+}
+
+/// [`gated`] again, and the gradients of gate and value, given that of its result.
+pub(crate) fn gated_backward(
+    gate: Tensor<2>,
+    value: Tensor<2>,
+    grad: Tensor<2>,
+    precision: Precision,
+) -> [Tensor<2>; 3] {
+    if !fuses(&gate.device(), gate.dtype(), precision) {
+        // With σ the logistic function, the slope of x·σ(x) is σ(x)·(1 + x·(1 − σ(x))).
+        let open = activation::sigmoid(gate.clone());
+        let opened = gate.clone() * open.clone();
+        let slope = open.clone() * (gate * (open.neg() + 1.0) + 1.0);
+        return [opened.clone() * value.clone(), grad.clone() * value * slope, grad * opened];
+    }
+    let (activated, dgate, dvalue) =
+        Dispatch::gated_backward(gate.into_dispatch(), value.into_dispatch(), grad.into_dispatch());
+    [activated, dgate, dvalue].map(Tensor::from_dispatch)
 }
 
 /// The layer norm at the beginning of a residual branch: gain and offset `[D]`, and what is added to the variance.

@@ -2,13 +2,13 @@
 //! backward pass, or with [`Branch::recompute`] only the input.
 
 use burn::backend::DispatchTensor;
-use burn::tensor::{IndexingUpdateOp, Int, Tensor, activation};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 
 use super::attention::{Heads, SelfAttention};
 use super::layer_norm::{Norm, column_sums};
 use super::operation::{Operation, denary, octonary};
 use crate::precision::widened;
-use crate::{Branch, Precision, Projection, RopeTable, composed};
+use crate::{Branch, Precision, Projection, RopeTable, composed, gated, gated_backward, times};
 
 /// See [`crate::attention`]; with `rows`, [`crate::selected_attention`]. The result is `[rows, D]`.
 pub(crate) fn attention(
@@ -111,7 +111,8 @@ impl Operation<8> for Attention {
         let (heads, values) = between.unwrap_or_else(|| self.between(&x, &norm, &first));
         let [batch, tokens, width] = x.dims();
         let grad = Tensor::<2>::from_dispatch(grad);
-        let LastGradients { input, weight: dw_out, bias: db_out, gamma: dgamma } = last.backward(grad.clone(), values);
+        let input = last.backward_input(grad.clone());
+        let [dw_out, db_out, dgamma] = last.backward(grad.clone(), values);
         let packed = self.attention.gradient(&heads, self.spread(input, batch * tokens), batch);
         drop(heads);
         let ([dx, dnorm_weight, dnorm_bias], [[dweight, dbias]]) =
@@ -182,8 +183,8 @@ impl Operation<8> for FeedForward {
         let Kept { x, norm, first, last, between } = kept;
         let hidden = first.with_bias(between.unwrap_or_else(|| first.forward(norm.forward(x.clone()))));
         let grad = Tensor::<2>::from_dispatch(grad);
-        let LastGradients { input, weight: dw_out, bias: db_out, gamma: dgamma } =
-            last.backward(grad.clone(), composed::gelu(hidden.clone()));
+        let input = last.backward_input(grad.clone());
+        let [dw_out, db_out, dgamma] = last.backward(grad.clone(), composed::gelu(hidden.clone()));
         let dhidden = input * gelu_slope(hidden);
         let ([dx, dnorm_weight, dnorm_bias], [[dweight, dbias]]) = first_backward(x, &norm, [(first, dhidden)]);
         let dx = (Tensor::<2>::from_dispatch(dx) + grad).into_dispatch();
@@ -228,7 +229,7 @@ impl<const LAYERS: usize> GatedFeedForward<LAYERS> {
         let unbiased = made(&first, norm.forward(x.clone()));
         let between = (keep && !self.recompute).then(|| unbiased.clone());
         let [gate, value] = gate_and_value(&first, unbiased);
-        let y = last.forward(x.clone(), activation::silu(gate) * value);
+        let y = last.forward(x.clone(), gated(gate, value, self.precision));
         (y.into_dispatch(), keep.then(|| GatedKept { x, norm, first, last, between }))
     }
 
@@ -240,17 +241,13 @@ impl<const LAYERS: usize> GatedFeedForward<LAYERS> {
         let GatedKept { x, norm, first, last, between } = kept;
         let between = between.unwrap_or_else(|| made(&first, norm.forward(x.clone())));
         let [gate, value] = gate_and_value(&first, between);
-        let opened = activation::silu(gate.clone());
         let grad = Tensor::<2>::from_dispatch(grad);
-        let LastGradients { input, weight: dw_out, bias: db_out, gamma: dgamma } =
-            last.backward(grad.clone(), opened.clone() * value.clone());
-        // With σ the logistic function, the slope of x·σ(x) is σ(x)·(1 + x·(1 − σ(x))).
-        let open = activation::sigmoid(gate.clone());
-        let slope = open.clone() * (gate * (open.neg() + 1.0) + 1.0);
-        let dgate_and_value = [input.clone() * value * slope, input * opened];
+        let input = last.backward_input(grad.clone());
+        let [activated, dgate, dvalue] = gated_backward(gate, value, input, self.precision);
+        let [dw_out, db_out, dgamma] = last.backward(grad.clone(), activated);
         let mut dmade = match LAYERS {
-            1 => vec![Tensor::cat(dgate_and_value.into(), 1)],
-            _ => dgate_and_value.into(),
+            1 => vec![Tensor::cat(vec![dgate, dvalue], 1)],
+            _ => vec![dgate, dvalue],
         }
         .into_iter();
         let layers = first.map(|layer| (layer, dmade.next().expect("one for each layer")));
@@ -337,7 +334,7 @@ impl First {
 
     /// `normalized·Wᵀ`, as the product leaves it.
     fn forward(&self, normalized: Tensor<2>) -> Tensor<2> {
-        self.precision.operand(normalized).matmul(self.precision.operand(self.weight.clone()).transpose())
+        times(self.precision.operand(normalized), self.precision.operand(self.weight.clone()).transpose())
     }
 
     fn with_bias(&self, unbiased: Tensor<2>) -> Tensor<2> {
@@ -347,8 +344,8 @@ impl First {
     /// The gradients of its input, of weight and bias.
     fn backward(&self, normalized: Tensor<2>, grad: Tensor<2>) -> (Tensor<2>, [DispatchTensor; 2]) {
         let rounded = self.precision.operand(grad.clone());
-        let dweight = widened(rounded.clone().transpose().matmul(self.precision.operand(normalized)));
-        let dnormalized = widened(rounded.matmul(self.precision.operand(self.weight.clone())));
+        let dweight = widened(times(rounded.clone().transpose(), self.precision.operand(normalized)));
+        let dnormalized = widened(times(rounded, self.precision.operand(self.weight.clone())));
         (dnormalized, [dweight.into_dispatch(), column_sums(grad).into_dispatch()])
     }
 }
@@ -383,14 +380,6 @@ struct Last {
     precision: Precision,
 }
 
-/// Gradients of what a [`Last`] is given.
-struct LastGradients {
-    input: Tensor<2>,
-    weight: DispatchTensor,
-    bias: DispatchTensor,
-    gamma: DispatchTensor,
-}
-
 impl Last {
     fn new(weight: DispatchTensor, bias: DispatchTensor, gamma: DispatchTensor, precision: Precision) -> Self {
         let (bias, gamma) = (Tensor::from_dispatch(bias), Tensor::from_dispatch(gamma));
@@ -400,25 +389,31 @@ impl Last {
     /// `x + γ·(input·Wᵀ + b)`.
     fn forward(&self, x: Tensor<2>, input: Tensor<2>) -> Tensor<2> {
         let operand = |tensor| self.precision.operand(tensor);
-        let branch = widened(operand(input).matmul(operand(self.weight.clone()).transpose()));
+        let branch = widened(times(operand(input), operand(self.weight.clone()).transpose()));
         x + (branch + self.bias.clone().unsqueeze()) * self.gamma.clone().unsqueeze()
     }
 
+    /// The gradient of its input.
+    fn backward_input(&self, grad: Tensor<2>) -> Tensor<2> {
+        let scaled = self.precision.operand(grad * self.gamma.clone().unsqueeze());
+        widened(times(scaled, self.precision.operand(self.weight.clone())))
+    }
+
+    /// The gradients of its weight, bias and scale.
+    ///
     /// The branch's own output is not needed for the gradient of its scale: with `G = gradᵀ·input`,
     /// `dγ = Σ_k W∘G + b·Σ grad`, and the weight's gradient is `γ∘G`.
-    fn backward(&self, grad: Tensor<2>, input: Tensor<2>) -> LastGradients {
+    fn backward(&self, grad: Tensor<2>, input: Tensor<2>) -> [DispatchTensor; 3] {
         let Self { weight, bias, gamma, precision } = self;
         let operand = |tensor| precision.operand(tensor);
-        let outer = widened(operand(grad.clone()).transpose().matmul(operand(input)));
-        let sums = column_sums(grad.clone());
+        let outer = widened(times(operand(grad.clone()).transpose(), operand(input)));
+        let sums = column_sums(grad);
         let along = (weight.clone() * outer.clone()).sum_dim(1).reshape([-1]);
-        let scaled = operand(grad * gamma.clone().unsqueeze());
-        LastGradients {
-            input: widened(scaled.matmul(operand(weight.clone()))),
-            weight: (outer * gamma.clone().unsqueeze_dim(1)).into_dispatch(),
-            bias: (sums.clone() * gamma.clone()).into_dispatch(),
-            gamma: (along + sums * bias.clone()).into_dispatch(),
-        }
+        [
+            (outer * gamma.clone().unsqueeze_dim(1)).into_dispatch(),
+            (sums.clone() * gamma.clone()).into_dispatch(),
+            (along + sums * bias.clone()).into_dispatch(),
+        ]
     }
 }
 
