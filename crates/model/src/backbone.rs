@@ -8,6 +8,7 @@ use dinoxide_kernels::Precision;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::config::NormKind;
 use crate::{
     ConvNext, ConvNextConfig, CropGroup, Features, LayerFeatures, ModelError, SelectedFeatures, StochasticDraws, Vit,
     VitConfig, convnext, layers::select_rows,
@@ -67,7 +68,7 @@ impl Architecture {
 
     /// Whether its blocks can compute their inside again in the backward pass: [`Backbone::recomputing`].
     pub fn can_recompute(&self) -> bool {
-        matches!(self, Self::Vit(config) if config.norm == crate::config::NormKind::LayerNorm)
+        matches!(self, Self::Vit(config) if config.norm == NormKind::LayerNorm)
     }
 
     /// Side of the square of pixels that a patch token stands for.

@@ -21,6 +21,7 @@ mod attention;
 mod branches;
 mod layer_norm;
 mod operation;
+mod projections;
 
 pub(crate) use attention::self_attention;
 pub(crate) use branches::{attention, feed_forward, gated_feed_forward};
