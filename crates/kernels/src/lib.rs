@@ -7,8 +7,8 @@
 //! On burn's CPU backend `flex`, f32 tensors take the fused versions, on processors that have vector instructions with
 //! fused multiply-add (every x86-64 since AVX2, every 64-bit ARM). They equal the composed ones to rounding, give the same
 //! bits in every run, and do no work for the gradients of inputs that are not tracked. Everywhere else (other backends and
-//! types, products that are not of single [`Precision`]) norms, attention and branches run as `portable` operations:
-//! tensor operations with a hand-written backward that keeps little; the rest is composed.
+//! types) norms, attention and branches run as `portable` operations: tensor operations with a hand-written backward that
+//! keeps little; the rest is composed.
 
 pub mod composed;
 mod flex;
@@ -41,11 +41,6 @@ pub struct RopeTable {
     pub sin: Tensor<2>,
 }
 
-/// Whether an operation with products of this precision runs fused.
-fn fuses(device: &Device, dtype: DType, precision: Precision) -> bool {
-    precision == Precision::Fp32 && flex::supports(device, dtype)
-}
-
 /// Whether tensors of this device lie in the memory of the program, where nothing has to be sent to it.
 pub fn in_host_memory(device: &Device) -> bool {
     flex::is_flex(device)
@@ -65,13 +60,13 @@ pub fn run_on<R: Send>(device: &Device, work: impl FnOnce() -> R + Send) -> R {
 /// # Shapes
 /// `x [M, in]`, `weight [out, in]`, `bias [out]` → `[M, out]`.
 pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, precision: Precision) -> Tensor<2> {
-    if !fuses(&x.device(), x.dtype(), precision) {
+    if !flex::supports(&x.device(), x.dtype()) {
         return composed::linear(x, weight, bias, precision);
     }
     let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
     Tensor::from_dispatch(match bias {
-        Some(bias) => Dispatch::ternary(x, weight, bias.into_dispatch(), Linear),
-        None => Dispatch::binary(x, weight, Linear),
+        Some(bias) => Dispatch::ternary(x, weight, bias.into_dispatch(), Linear { precision }),
+        None => Dispatch::binary(x, weight, Linear { precision }),
     })
 }
 
@@ -131,43 +126,53 @@ pub fn depthwise_conv(x: Tensor<4>, weight: Tensor<4>, bias: Tensor<1>) -> Tenso
 /// `qkv [B, N, 3·D]`, where the last axis is `q`, `k`, `v` in this order and head-major inside each → `[B, N, D]`, with
 /// `d = D / num_heads`. `rope` tables are `[N, d]`.
 pub fn self_attention(qkv: Tensor<3>, num_heads: usize, rope: Option<&RopeTable>, precision: Precision) -> Tensor<3> {
-    if !fuses(&qkv.device(), qkv.dtype(), precision) {
+    if !flex::supports(&qkv.device(), qkv.dtype()) {
         return portable::self_attention(qkv, num_heads, rope, precision);
     }
     let qkv = qkv.into_dispatch();
     Tensor::from_dispatch(match rope {
         Some(RopeTable { cos, sin }) => {
             let (cos, sin) = (cos.clone().into_dispatch(), sin.clone().into_dispatch());
-            Dispatch::ternary(qkv, cos, sin, RotaryAttention { num_heads })
+            Dispatch::ternary(qkv, cos, sin, RotaryAttention { num_heads, precision })
         }
-        None => Dispatch::unary(qkv, Attention { num_heads }),
+        None => Dispatch::unary(qkv, Attention { num_heads, precision }),
     })
 }
 
-/// `a·b` of plain matrices, as fast as the device does it.
-pub(crate) fn times(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
+/// `a·b` of plain matrices in a precision, as fast as the device does it: [`product`] without automatic differentiation.
+///
+/// # Shapes
+/// `a [M, I]`, `b [I, N]` → `[M, N]`.
+pub fn plain_product(a: Tensor<2>, b: Tensor<2>, precision: Precision) -> Tensor<2> {
     if a.dtype() != b.dtype() || !flex::supports_plain(&a.device(), a.dtype()) {
-        return a.matmul(b);
+        return product(a, b, precision);
     }
-    Tensor::from_dispatch(Dispatch::product(a.into_dispatch(), b.into_dispatch()))
+    Tensor::from_dispatch(Dispatch::product(a.into_dispatch(), b.into_dispatch(), precision))
+}
+
+/// `a·b` of plain matrices that were rounded where they are to be, of the same type.
+pub(crate) fn times(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
+    let plain_on_flex = flex::supports_plain(&a.device(), DType::F32);
+    match (a.dtype(), b.dtype()) {
+        (DType::F32, DType::F32) if plain_on_flex => plain_product(a, b, Precision::Fp32),
+        (DType::BF16, DType::BF16) if plain_on_flex => {
+            Tensor::from_dispatch(Dispatch::product_of_bf16(a.into_dispatch(), b.into_dispatch()))
+        }
+        _ => a.matmul(b),
+    }
 }
 
 /// `silu(gate)·value` of plain matrices.
-pub(crate) fn gated(gate: Tensor<2>, value: Tensor<2>, precision: Precision) -> Tensor<2> {
-    if !fuses(&gate.device(), gate.dtype(), precision) {
+pub(crate) fn gated(gate: Tensor<2>, value: Tensor<2>) -> Tensor<2> {
+    if !flex::supports_plain(&gate.device(), gate.dtype()) {
         return activation::silu(gate) * value;
     }
     Tensor::from_dispatch(Dispatch::gated(gate.into_dispatch(), value.into_dispatch()))
 }
 
 /// [`gated`] again, and the gradients of gate and value, given that of its result.
-pub(crate) fn gated_backward(
-    gate: Tensor<2>,
-    value: Tensor<2>,
-    grad: Tensor<2>,
-    precision: Precision,
-) -> [Tensor<2>; 3] {
-    if !fuses(&gate.device(), gate.dtype(), precision) {
+pub(crate) fn gated_backward(gate: Tensor<2>, value: Tensor<2>, grad: Tensor<2>) -> [Tensor<2>; 3] {
+    if !flex::supports_plain(&gate.device(), gate.dtype()) {
         // With σ the logistic function, the slope of x·σ(x) is σ(x)·(1 + x·(1 − σ(x))).
         let open = activation::sigmoid(gate.clone());
         let opened = gate.clone() * open.clone();
@@ -247,11 +252,12 @@ impl Branch {
 /// # Shapes
 /// `x [B, N, D]`, `first [3·D, D]` packed as in [`self_attention`], `last [D, D]` → `[B, N, D]`.
 pub fn attention(x: Tensor<3>, branch: Branch, num_heads: usize, rope: Option<&RopeTable>) -> Tensor<3> {
-    if !fuses(&x.device(), x.dtype(), branch.precision) {
+    if !flex::supports(&x.device(), x.dtype()) {
         let shape = x.dims();
         return portable::attention(x, None, branch, num_heads, rope).reshape(shape);
     }
-    let operation = AttentionBranch { num_heads, eps: branch.norm.eps, recompute: branch.recompute };
+    let Branch { precision, recompute, .. } = branch;
+    let operation = AttentionBranch { num_heads, eps: branch.norm.eps, precision, recompute };
     let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[2]);
     let x = x.into_dispatch();
     Tensor::from_dispatch(match rope {
@@ -278,11 +284,11 @@ pub fn selected_attention(
     if rows.is_empty() {
         return composed::selected_attention(x, rows, branch, num_heads, rope);
     }
-    if !fuses(&x.device(), x.dtype(), branch.precision) {
+    if !flex::supports(&x.device(), x.dtype()) {
         return portable::attention(x, Some(rows), branch, num_heads, rope);
     }
-    let (eps, recompute) = (branch.norm.eps, branch.recompute);
-    let operation = SelectedAttention { rows: rows.into(), num_heads, eps, recompute };
+    let Branch { precision, recompute, .. } = branch;
+    let operation = SelectedAttention { rows: rows.into(), num_heads, eps: branch.norm.eps, precision, recompute };
     let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[2]);
     let x = x.into_dispatch();
     Tensor::from_dispatch(match rope {
@@ -300,10 +306,10 @@ pub fn selected_attention(
 /// # Shapes
 /// `x [M, D]`, `first [F, D]`, `last [D, F]` → `[M, D]`.
 pub fn feed_forward(x: Tensor<2>, branch: Branch) -> Tensor<2> {
-    if !fuses(&x.device(), x.dtype(), branch.precision) {
+    if !flex::supports(&x.device(), x.dtype()) {
         return portable::feed_forward(x, branch);
     }
-    let operation = FeedForward { eps: branch.norm.eps, recompute: branch.recompute };
+    let operation = FeedForward { eps: branch.norm.eps, precision: branch.precision, recompute: branch.recompute };
     let [a, b, c, d, e, f, g] = branch.into_dispatch(x.dims()[1]);
     Tensor::from_dispatch(Dispatch::octonary(x.into_dispatch(), a, b, c, d, e, f, g, operation))
 }

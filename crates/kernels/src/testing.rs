@@ -2,6 +2,8 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
+use crate::Precision;
+
 /// Numbers in [−1, 1) that depend on the seed only.
 pub(crate) fn numbers(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0x1234_5678_9ABC_DEF1;
@@ -124,4 +126,32 @@ pub(crate) fn largest_difference(actual: &[Vec<f32>], expected: &[Vec<f32>]) -> 
         differences.fold(0.0f32, |m, v| if v > m || v.is_nan() { v } else { m }) / largest
     });
     shares.fold(0.0, |m, v| if v > m || v.is_nan() { v } else { m })
+}
+
+/// Asserts that the distance of the first function's value and gradients in bfloat16 to single precision is at most so many
+/// times that of the definition, which rounds the operands of the same products; how many results there were.
+pub(crate) fn assert_as_near<const D: usize>(
+    case: &Case,
+    ours: impl Fn(&Inputs, Precision) -> Tensor<D>,
+    defined: impl Fn(&Inputs, Precision) -> Tensor<D>,
+    most: f64,
+) -> usize {
+    let single = run(case, |t| defined(t, Precision::Fp32));
+    let half = [run(case, |t| ours(t, Precision::Bf16)), run(case, |t| defined(t, Precision::Bf16))];
+    let [ours, defined] = half.map(|results| distances(&results, &single));
+    for (i, (ours, defined)) in ours.iter().zip(&defined).enumerate() {
+        assert!(*ours < most * defined + 1e-4, "result {i}: {ours:.1e}, by definition {defined:.1e}");
+    }
+    ours.len()
+}
+
+/// Root of the mean squared difference of each result, as a share of the root of its mean square.
+pub(crate) fn distances(actual: &[Vec<f32>], expected: &[Vec<f32>]) -> Vec<f64> {
+    let square = |v: f32| f64::from(v).powi(2);
+    let of = |(a, e): (&Vec<f32>, &Vec<f32>)| {
+        let differences: f64 = a.iter().zip(e).map(|(a, e)| square(a - e)).sum();
+        (differences / e.iter().map(|v| square(*v)).sum::<f64>()).sqrt()
+    };
+    assert_eq!(actual.len(), expected.len());
+    actual.iter().zip(expected).map(of).collect()
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use burn::tensor::{Tensor, s};
 use dinoxide_kernels as kernels;
-use dinoxide_kernels::{Precision, product};
+use dinoxide_kernels::Precision;
 
 use crate::{Loss, plain};
 
@@ -85,8 +85,8 @@ fn cross_entropy_in_blocks(
         }
         if tracked {
             let gradient = if gradients.len() == 1 { gradients.remove(0) } else { Tensor::cat(gradients, 0) };
-            x_gradients.push(product(gradient.clone(), w.clone(), precision));
-            let partial = product(gradient.transpose(), x_block, precision);
+            x_gradients.push(kernels::plain_product(gradient.clone(), w.clone(), precision));
+            let partial = kernels::plain_product(gradient.transpose(), x_block, precision);
             w_gradient = Some(match w_gradient {
                 Some(sum) => sum + partial,
                 None => partial,

@@ -1,7 +1,7 @@
 //! Self-attention on packed projections, one (image, head) at a time.
 //!
-//! A task gathers `q` and `k` of its head (rotated, with `1/√d` folded into `q`), and walks over blocks of query rows whose
-//! scores fit in the cache: `P = softmax(q·kᵀ)`, `out = P·v`. No `[B, H, N, N]` tensor exists. The backward pass keeps the
+//! A task gathers `q` and `k` of its head (rotated), and walks over blocks of query rows whose scores fit in the cache:
+//! `P = softmax(q·kᵀ/√d)`, `out = P·v`. No `[B, H, N, N]` tensor exists. The backward pass keeps the
 //! packed input only and computes `P` again (the recomputation of Dao et al. 2022, "FlashAttention"); with `g` the gradient
 //! of `out`: `dv = Pᵀ·g`, `dS = P∘(g·vᵀ − Σ_keys P∘(g·vᵀ))`, `dq = dS·k/√d`, `dk = dSᵀ·q/√d`, where the last two go back
 //! through the inverse rotation.
@@ -19,6 +19,7 @@ pub(super) use self::selected::Selected;
 use super::memory::zeroed;
 use super::operation::Operation;
 use super::{contiguous, elements, tensor};
+use crate::Precision;
 
 /// Scores that a task holds at a time: 256 KiB.
 const SCORES: usize = 64 * 1024;
@@ -28,6 +29,8 @@ const SCORES: usize = 64 * 1024;
 pub(crate) struct Attention {
     /// Heads, which divide `D`.
     pub(crate) num_heads: usize,
+    /// Of its products.
+    pub(crate) precision: Precision,
 }
 
 /// Inputs `qkv [B, N, 3·D]` and the cosines and sines `[N, d]` of a rotation, which receive no gradient.
@@ -35,13 +38,15 @@ pub(crate) struct Attention {
 pub(crate) struct RotaryAttention {
     /// Heads, which divide `D`.
     pub(crate) num_heads: usize,
+    /// Of its products.
+    pub(crate) precision: Precision,
 }
 
 impl Operation<1> for Attention {
     fn forward(&self, [qkv]: [FlexTensor; 1]) -> FlexTensor {
         let sizes = Sizes::new(&qkv, self.num_heads);
         let qkv = contiguous(qkv);
-        tensor(forward(elements(&qkv), sizes, None), sizes.output())
+        tensor(forward(elements(&qkv), sizes, None, self.precision), sizes.output())
     }
 
     fn reads(&self, _: [bool; 1]) -> [bool; 1] {
@@ -52,7 +57,7 @@ impl Operation<1> for Attention {
         let qkv = contiguous(qkv.expect("the projections are kept"));
         let sizes = Sizes::new(&qkv, self.num_heads);
         let grad = contiguous(grad);
-        [Some(tensor(backward(elements(&qkv), elements(&grad), sizes, None), sizes.input()))]
+        [Some(tensor(backward(elements(&qkv), elements(&grad), sizes, None, self.precision), sizes.input()))]
     }
 }
 
@@ -61,7 +66,7 @@ impl Operation<3> for RotaryAttention {
         let sizes = Sizes::new(&qkv, self.num_heads);
         let (qkv, cos, sin) = (contiguous(qkv), contiguous(cos), contiguous(sin));
         let rotation = Rotation::new(&cos, &sin, sizes);
-        tensor(forward(elements(&qkv), sizes, Some(rotation)), sizes.output())
+        tensor(forward(elements(&qkv), sizes, Some(rotation), self.precision), sizes.output())
     }
 
     fn reads(&self, [qkv, ..]: [bool; 3]) -> [bool; 3] {
@@ -81,7 +86,8 @@ impl Operation<3> for RotaryAttention {
         let sizes = Sizes::new(&qkv, self.num_heads);
         let rotation = Rotation::new(&cos, &sin, sizes);
         let grad = contiguous(grad);
-        [Some(tensor(backward(elements(&qkv), elements(&grad), sizes, Some(rotation)), sizes.input())), None, None]
+        let dqkv = backward(elements(&qkv), elements(&grad), sizes, Some(rotation), self.precision);
+        [Some(tensor(dqkv, sizes.input())), None, None]
     }
 }
 
@@ -176,18 +182,24 @@ fn for_each_head<const PARTS: usize>(
 }
 
 /// The heads' results side by side, `[B, N, D]`.
-pub(super) fn forward(qkv: &[f32], sizes: Sizes, rotation: Option<Rotation>) -> Vec<f32> {
+pub(super) fn forward(qkv: &[f32], sizes: Sizes, rotation: Option<Rotation>, precision: Precision) -> Vec<f32> {
     for_each_head(sizes, |image, head, out, [place], scratch| {
-        Head::packed(qkv, sizes, image, head, rotation).forward(out, place, scratch);
+        Head::packed(qkv, sizes, image, head, rotation, precision).forward(out, place, scratch);
     })
 }
 
 /// The gradient of the projections, given that of the result.
-pub(super) fn backward(qkv: &[f32], grad: &[f32], sizes: Sizes, rotation: Option<Rotation>) -> Vec<f32> {
+pub(super) fn backward(
+    qkv: &[f32],
+    grad: &[f32],
+    sizes: Sizes,
+    rotation: Option<Rotation>,
+    precision: Precision,
+) -> Vec<f32> {
     let image_len = sizes.tokens * sizes.width();
     for_each_head(sizes, |image, head, dqkv, places, scratch| {
         let grad = (&grad[image * image_len..][..image_len], Place::among_heads(sizes, head));
-        Head::packed(qkv, sizes, image, head, rotation).backward(grad, dqkv, places, scratch);
+        Head::packed(qkv, sizes, image, head, rotation, precision).backward(grad, dqkv, places, scratch);
     })
 }
 

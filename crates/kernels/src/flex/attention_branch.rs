@@ -9,8 +9,10 @@ use super::attention::{Rotation, Sizes, backward, forward};
 use super::branch::{Norm, Projection, add_bias};
 use super::gemm::{Matrix, multiply};
 use super::linear::column_sums;
+use super::memory::{Stored, halved, widened};
 use super::operation::Branch;
 use super::{ROW_BLOCK, contiguous, dims2, elements, for_each_block, tensor};
+use crate::Precision;
 
 /// Inputs `x [B, N, D]`; the norm's `weight [D]`, `bias [D]`; the packed projection's `W [3·D, D]`, `b [3·D]`; the last
 /// one's `Wₚ [D, D]`, `bₚ [D]`; `γ [D]`.
@@ -20,6 +22,8 @@ pub(crate) struct AttentionBranch {
     pub(crate) num_heads: usize,
     /// Added to the variance.
     pub(crate) eps: f64,
+    /// Of its products.
+    pub(crate) precision: Precision,
     /// Whether the backward pass computes projections and heads again.
     pub(crate) recompute: bool,
 }
@@ -37,8 +41,9 @@ pub(crate) struct Kept {
     projection: Projection,
     bias: FlexTensor,
     tables: Option<[FlexTensor; 2]>,
-    /// The packed projections `[B, N, 3·D]` and the heads' results `[B·N, D]`; `None` when they are computed again.
-    between: Option<[FlexTensor; 2]>,
+    /// The packed projections `[B, N, 3·D]`, of bfloat16 before their bias, where nothing is lost, and the heads' results
+    /// `[B·N, D]`; `None` when they are computed again.
+    between: Option<[Stored; 2]>,
 }
 
 impl Branch<8> for AttentionBranch {
@@ -84,62 +89,75 @@ impl AttentionBranch {
         );
         let (x, weight, bias) = (contiguous(x), contiguous(weight), contiguous(bias));
         let norm = Norm::new(norm_weight, norm_bias, self.eps);
-        let projection = Projection::new(w_out, b_out, gamma);
+        let projection = Projection::new(w_out, b_out, gamma, self.precision);
         let biases = elements(&bias).len();
         assert_eq!(biases, packed, "attention: bias [{biases}] of {packed} packed features");
-        let [qkv, heads] = self.between(&x, &norm, &weight, &bias, &tables);
+        let keeps = keep && !self.recompute;
+        let (heads, packed) = {
+            let unbiased = self.unbiased(&x, &norm, &weight);
+            let half = (keeps && self.precision == Precision::Bf16).then(|| halved(&unbiased));
+            let qkv = self.with_bias(unbiased, &bias);
+            let heads = self.heads(&qkv, &x, &tables);
+            (heads, half.map(Stored::Half).or_else(|| keeps.then(|| Stored::Single(qkv))))
+        };
         if !keep {
-            drop(qkv);
-            return (projection.forward(x, elements(&heads), width), None);
+            return (projection.forward(x, &heads, width), None);
         }
-        let y = projection.forward(x.clone(), elements(&heads), width);
-        let between = (!self.recompute).then_some([qkv, heads]);
+        let y = projection.forward(x.clone(), &heads, width);
+        let between = packed.map(|packed| [packed, Stored::new(heads, self.precision)]);
         (y, Some(Kept { x, norm, weight, projection, bias, tables, between }))
     }
 
-    /// The packed projections `[B, N, 3·D]` and the heads' results `[B·N, D]`.
-    fn between(
-        &self,
-        x: &FlexTensor,
-        norm: &Norm,
-        weight: &FlexTensor,
-        bias: &FlexTensor,
-        tables: &Option<[FlexTensor; 2]>,
-    ) -> [FlexTensor; 2] {
-        let [batch, tokens, width]: [usize; 3] = x.layout().shape().dims();
-        let ([packed, _], rows, bias) = (dims2(weight), batch * tokens, elements(bias));
+    /// The packed projections `[B, N, 3·D]` before their bias.
+    fn unbiased(&self, x: &FlexTensor, norm: &Norm, weight: &FlexTensor) -> Vec<f32> {
+        let [packed, width] = dims2(weight);
         let normalized = norm.forward(elements(x), width);
-        let mut qkv = multiply(Matrix::new(&normalized, rows, width), Matrix::new(elements(weight), packed, width).t());
-        drop(normalized);
-        for_each_block(&mut qkv, ROW_BLOCK * packed.max(1), &mut [], 0, |_, rows, _| add_bias(rows, bias));
-        let qkv = tensor(qkv, [batch, tokens, packed]);
-        let sizes = Sizes::new(&qkv, self.num_heads);
-        let heads = forward(elements(&qkv), sizes, rotation(tables, sizes));
-        [qkv, tensor(heads, [rows, width])]
+        let rows = Matrix::new(&normalized, normalized.len() / width.max(1), width);
+        multiply(rows, Matrix::new(elements(weight), packed, width).t(), self.precision)
+    }
+
+    fn with_bias(&self, mut qkv: Vec<f32>, bias: &FlexTensor) -> Vec<f32> {
+        let bias = elements(bias);
+        for_each_block(&mut qkv, ROW_BLOCK * bias.len().max(1), &mut [], 0, |_, rows, _| add_bias(rows, bias));
+        qkv
+    }
+
+    /// The heads' results `[B·N, D]`.
+    fn heads(&self, qkv: &[f32], x: &FlexTensor, tables: &Option<[FlexTensor; 2]>) -> Vec<f32> {
+        let sizes = Sizes::of(x, self.num_heads);
+        forward(qkv, sizes, rotation(tables, sizes), self.precision)
     }
 
     fn gradients(&self, kept: Kept, grad: FlexTensor) -> [FlexTensor; 8] {
         let Kept { x, norm, weight, projection, bias, tables, between } = kept;
-        let [qkv, heads] = between.unwrap_or_else(|| self.between(&x, &norm, &weight, &bias, &tables));
-        let sizes = Sizes::new(&qkv, self.num_heads);
+        let (qkv, heads) = match between {
+            Some([Stored::Half(unbiased), heads]) => (self.with_bias(widened(&unbiased), &bias), heads.into_single()),
+            Some([Stored::Single(qkv), heads]) => (qkv, heads.into_single()),
+            None => {
+                let qkv = self.with_bias(self.unbiased(&x, &norm, &weight), &bias);
+                let heads = self.heads(&qkv, &x, &tables);
+                (qkv, heads)
+            }
+        };
+        let sizes = Sizes::of(&x, self.num_heads);
         let [packed, width] = dims2(&weight);
         let grad = contiguous(grad);
         let g = elements(&grad);
         let rows = g.len() / width.max(1);
-        let [dw_out, db_out, dgamma] = projection.backward(g, elements(&heads), width);
+        let [dw_out, db_out, dgamma] = projection.backward(g, &heads, width);
         drop(heads);
         let dheads = projection.backward_input(g, width);
-        let dqkv = backward(elements(&qkv), &dheads, sizes, rotation(&tables, sizes));
+        let dqkv = backward(&qkv, &dheads, sizes, rotation(&tables, sizes), self.precision);
         drop((dheads, qkv));
 
         let shape: [usize; 3] = x.layout().shape().dims();
         let x = elements(&x);
         let dq = Matrix::new(&dqkv, rows, packed);
         let normalized = norm.forward(x, width);
-        let dweight = multiply(dq.t(), Matrix::new(&normalized, rows, width));
+        let dweight = multiply(dq.t(), Matrix::new(&normalized, rows, width), self.precision);
         drop(normalized);
         let dbias = column_sums(&dqkv, rows, packed);
-        let dnormalized = multiply(dq, Matrix::new(elements(&weight), packed, width));
+        let dnormalized = multiply(dq, Matrix::new(elements(&weight), packed, width), self.precision);
         drop(dqkv);
         let [dx, dnorm_weight, dnorm_bias] = norm.backward(x, dnormalized, g, width);
         [

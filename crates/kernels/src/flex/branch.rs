@@ -12,6 +12,7 @@ use super::layer_norm::{normalize, row_backward};
 use super::linear::column_sums;
 use super::memory::copied;
 use super::{ROW_BLOCK, contiguous, elements, in_order, simd, tensor, transform};
+use crate::Precision;
 
 /// A layer norm: gain and offset `[D]`.
 #[derive(Clone, Debug)]
@@ -82,11 +83,12 @@ pub(super) struct Projection {
     pub(super) weight: FlexTensor,
     pub(super) bias: FlexTensor,
     pub(super) gamma: FlexTensor,
+    pub(super) precision: Precision,
 }
 
 impl Projection {
-    pub(super) fn new(weight: FlexTensor, bias: FlexTensor, gamma: FlexTensor) -> Self {
-        Self { weight: contiguous(weight), bias: contiguous(bias), gamma: contiguous(gamma) }
+    pub(super) fn new(weight: FlexTensor, bias: FlexTensor, gamma: FlexTensor, precision: Precision) -> Self {
+        Self { weight: contiguous(weight), bias: contiguous(bias), gamma: contiguous(gamma), precision }
     }
 
     /// `x + γ∘(a·Wᵀ + b)`, in the memory of `x` if nothing else sees it.
@@ -99,24 +101,54 @@ impl Projection {
             weight.len(),
             bias.len()
         );
+        if self.precision == Precision::Bf16 {
+            return self.forward_of_rounded(x, a, inner);
+        }
         let offset: Vec<f32> = bias.iter().zip(gamma).map(|(b, gamma)| b * gamma).collect();
         let mut y = transform(x, ROW_BLOCK * width.max(1), |_, rows| add_bias(rows, &offset));
         let scaled = scaled_and_transposed(weight, gamma, inner);
         let (from, to) = y.layout().contiguous_offsets().expect("a contiguous tensor");
         let out = &mut y.storage_mut::<f32>()[from..to];
         let a = Matrix::new(a, out.len() / width.max(1), inner);
-        multiply_into(out, width, Destination::Accumulate, 1.0, a, Matrix::new(&scaled, inner, width), Threads::Pool);
+        let factors = [a, Matrix::new(&scaled, inner, width)];
+        multiply_into(out, width, Destination::Accumulate, 1.0, factors, self.precision, Threads::Pool);
         y
+    }
+
+    /// The same with the weight itself as an operand, which is what is rounded.
+    fn forward_of_rounded(&self, x: FlexTensor, a: &[f32], inner: usize) -> FlexTensor {
+        let (weight, bias, gamma) = (elements(&self.weight), elements(&self.bias), elements(&self.gamma));
+        let width = gamma.len();
+        let a = Matrix::new(a, a.len() / inner.max(1), inner);
+        let branch = multiply(a, Matrix::new(weight, width, inner).t(), self.precision);
+        transform(x, ROW_BLOCK * width.max(1), |start, rows| {
+            let branch = &branch[start..][..rows.len()];
+            simd::vectorized(
+                #[inline(always)]
+                || {
+                    for (row, branch) in rows.chunks_exact_mut(width).zip(branch.chunks_exact(width)) {
+                        for (((y, branch), bias), gamma) in row.iter_mut().zip(branch).zip(bias).zip(gamma) {
+                            *y += (branch + bias) * gamma;
+                        }
+                    }
+                },
+            );
+        })
     }
 
     /// The gradient of `a`, given that of the result.
     pub(super) fn backward_input(&self, grad: &[f32], inner: usize) -> Vec<f32> {
         let (weight, gamma) = (elements(&self.weight), elements(&self.gamma));
         let width = gamma.len();
+        let rows = grad.len() / width.max(1);
+        if self.precision == Precision::Bf16 {
+            let scaled = copied(grad, ROW_BLOCK * width.max(1), |_, rows| scale_columns(rows, gamma));
+            return multiply(Matrix::new(&scaled, rows, width), Matrix::new(weight, width, inner), self.precision);
+        }
         let scaled = copied(weight, FEATURES * inner.max(1), |start, rows| {
             scale_rows(rows, &gamma[start / inner..], inner);
         });
-        multiply(Matrix::new(grad, grad.len() / width.max(1), width), Matrix::new(&scaled, width, inner))
+        multiply(Matrix::new(grad, rows, width), Matrix::new(&scaled, width, inner), self.precision)
     }
 
     /// The gradients of weight, bias and scale.
@@ -124,7 +156,7 @@ impl Projection {
         let (weight, bias, gamma) = (elements(&self.weight), elements(&self.bias), elements(&self.gamma));
         let width = gamma.len();
         let rows = grad.len() / width.max(1);
-        let mut dweight = multiply(Matrix::new(grad, rows, width).t(), Matrix::new(a, rows, inner));
+        let mut dweight = multiply(Matrix::new(grad, rows, width).t(), Matrix::new(a, rows, inner), self.precision);
         let sums = column_sums(grad, rows, width);
         let mut dgamma: Vec<f32> = sums.iter().zip(bias).map(|(sum, b)| sum * b).collect();
         let block = FEATURES * inner.max(1);
@@ -170,6 +202,20 @@ fn scale_rows(matrix: &mut [f32], factors: &[f32], width: usize) {
         || {
             for (row, factor) in matrix.chunks_exact_mut(width).zip(factors) {
                 simd::scale(row, *factor);
+            }
+        },
+    );
+}
+
+/// Multiplies each column of a matrix with its factor.
+fn scale_columns(matrix: &mut [f32], factors: &[f32]) {
+    simd::vectorized(
+        #[inline(always)]
+        || {
+            for row in matrix.chunks_exact_mut(factors.len()) {
+                for (value, factor) in row.iter_mut().zip(factors) {
+                    *value *= factor;
+                }
             }
         },
     );

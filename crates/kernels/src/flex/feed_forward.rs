@@ -1,6 +1,6 @@
 //! The feed-forward branch of a transformer block, `x + γ∘(gelu(LN(x)·W₁ᵀ + b₁)·W₂ᵀ + b₂)`, as one operation.
 //!
-//! Of what lies between input and result only the hidden layer before the GELU is kept for the backward pass, or not even
+//! Of what lies between input and result only the hidden layer before its bias is kept for the backward pass, or not even
 //! that where it is to be computed again. The norm's result always is, and so is the GELU's: its derivative needs the same
 //! function values.
 
@@ -10,15 +10,18 @@ use rayon::prelude::*;
 
 use super::branch::{Norm, Projection, add_bias};
 use super::gemm::{Matrix, multiply};
-use super::memory::changed_and_copied;
+use super::memory::{Stored, copied, halved};
 use super::operation::Branch;
 use super::{ROW_BLOCK, contiguous, dims2, elements, for_each_block, in_order, simd, tensor};
+use crate::Precision;
 
 /// Inputs `x [M, D]`; the norm's `weight [D]`, `bias [D]`; `W₁ [F, D]`, `b₁ [F]`, `W₂ [D, F]`, `b₂ [D]`, `γ [D]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FeedForward {
     /// Added to the variance.
     pub(crate) eps: f64,
+    /// Of its products.
+    pub(crate) precision: Precision,
     /// Whether the backward pass computes the hidden layer again.
     pub(crate) recompute: bool,
 }
@@ -31,8 +34,8 @@ pub(crate) struct Kept {
     weight: FlexTensor,
     bias: FlexTensor,
     projection: Projection,
-    /// `[M, F]`, with the bias; `None` when it is computed again.
-    hidden: Option<FlexTensor>,
+    /// `[M, F]`, without the bias; `None` when it is computed again.
+    hidden: Option<Stored>,
 }
 
 impl Branch<8> for FeedForward {
@@ -49,48 +52,52 @@ impl Branch<8> for FeedForward {
         let biases = elements(&bias).len();
         assert_eq!(biases, inner, "feed_forward: bias [{biases}] of {inner} hidden features");
         let norm = Norm::new(norm_weight, norm_bias, self.eps);
-        let projection = Projection::new(w2, b2, gamma);
-        let mut hidden = unbiased(elements(&x), &norm, elements(&weight), rows, width);
+        let projection = Projection::new(w2, b2, gamma, self.precision);
+        let hidden = unbiased(elements(&x), &norm, elements(&weight), rows, width, self.precision);
+        let activate = |rows: &mut [f32]| {
+            add_bias(rows, elements(&bias));
+            gelu(rows);
+        };
         let block = ROW_BLOCK * inner.max(1);
-        if !keep || self.recompute {
-            for_each_block(&mut hidden, block, &mut [], 0, |_, rows, _| {
-                add_bias(rows, elements(&bias));
-                gelu(rows);
-            });
-            let kept =
-                keep.then(|| Kept { x: x.clone(), norm, weight, bias, projection: projection.clone(), hidden: None });
-            return (projection.forward(x, &hidden, inner), kept);
+        let (activated, hidden) = match self.precision {
+            Precision::Fp32 if keep && !self.recompute => {
+                (copied(&hidden, block, |_, rows| activate(rows)), Some(Stored::Single(hidden)))
+            }
+            _ => {
+                let stored = (keep && !self.recompute).then(|| Stored::Half(halved(&hidden)));
+                let mut activated = hidden;
+                for_each_block(&mut activated, block, &mut [], 0, |_, rows, _| activate(rows));
+                (activated, stored)
+            }
+        };
+        if !keep {
+            return (projection.forward(x, &activated, inner), None);
         }
-        let activated = changed_and_copied(&mut hidden, block, |rows| add_bias(rows, elements(&bias)), gelu);
         let y = projection.forward(x.clone(), &activated, inner);
-        let hidden = Some(tensor(hidden, [rows, inner]));
         (y, Some(Kept { x, norm, weight, bias, projection, hidden }))
     }
 
     fn backward(&self, kept: Kept, grad: FlexTensor) -> [FlexTensor; 8] {
         let Kept { x, norm, weight, bias, projection, hidden } = kept;
         let ([rows, width], [inner, _]) = (dims2(&x), dims2(&weight));
-        let mut hidden = hidden.unwrap_or_else(|| {
-            let mut hidden = unbiased(elements(&x), &norm, elements(&weight), rows, width);
-            let block = ROW_BLOCK * inner.max(1);
-            for_each_block(&mut hidden, block, &mut [], 0, |_, rows, _| add_bias(rows, elements(&bias)));
-            tensor(hidden, [rows, inner])
-        });
+        let mut hidden = match hidden {
+            Some(stored) => stored.into_single(),
+            None => unbiased(elements(&x), &norm, elements(&weight), rows, width, self.precision),
+        };
         let grad = contiguous(grad);
         let g = elements(&grad);
         let mut dhidden = projection.backward_input(g, inner);
         // The hidden layer becomes its GELU.
-        let activated = hidden.storage_mut::<f32>();
-        let db1 = gelu_backward(activated, &mut dhidden, inner);
-        let [dw2, db2, dgamma] = projection.backward(g, activated, inner);
+        let db1 = gelu_backward(&mut hidden, elements(&bias), &mut dhidden, inner);
+        let [dw2, db2, dgamma] = projection.backward(g, &hidden, inner);
         drop(hidden);
 
         let x = elements(&x);
         let dh = Matrix::new(&dhidden, rows, inner);
         let normalized = norm.forward(x, width);
-        let dw1 = multiply(dh.t(), Matrix::new(&normalized, rows, width));
+        let dw1 = multiply(dh.t(), Matrix::new(&normalized, rows, width), self.precision);
         drop(normalized);
-        let dnormalized = multiply(dh, Matrix::new(elements(&weight), inner, width));
+        let dnormalized = multiply(dh, Matrix::new(elements(&weight), inner, width), self.precision);
         let [dx, dnorm_weight, dnorm_bias] = norm.backward(x, dnormalized, g, width);
         [
             tensor(dx, [rows, width]),
@@ -106,9 +113,10 @@ impl Branch<8> for FeedForward {
 }
 
 /// `LN(x)·Wᵀ`: the hidden layer without its bias.
-fn unbiased(x: &[f32], norm: &Norm, weight: &[f32], rows: usize, width: usize) -> Vec<f32> {
+fn unbiased(x: &[f32], norm: &Norm, weight: &[f32], rows: usize, width: usize, precision: Precision) -> Vec<f32> {
     let normalized = norm.forward(x, width);
-    multiply(Matrix::new(&normalized, rows, width), Matrix::new(weight, weight.len() / width.max(1), width).t())
+    let weight = Matrix::new(weight, weight.len() / width.max(1), width);
+    multiply(Matrix::new(&normalized, rows, width), weight.t(), precision)
 }
 
 fn gelu(values: &mut [f32]) {
@@ -122,8 +130,9 @@ fn gelu(values: &mut [f32]) {
     );
 }
 
-/// Replaces `hidden` by its GELU and the gradient of that by the gradient of `hidden`, whose sum over the rows it returns.
-fn gelu_backward(hidden: &mut [f32], grad: &mut [f32], inner: usize) -> Vec<f32> {
+/// Replaces `hidden`, which lacks its bias, by its GELU and the gradient of that by the gradient of `hidden`, whose sum over the
+/// rows it returns.
+fn gelu_backward(hidden: &mut [f32], bias: &[f32], grad: &mut [f32], inner: usize) -> Vec<f32> {
     let block = ROW_BLOCK * inner.max(1);
     let mut partial = vec![0.0; hidden.len().div_ceil(block) * inner];
     let blocks = hidden.par_chunks_mut(block).zip(grad.par_chunks_mut(block)).zip(partial.par_chunks_mut(inner.max(1)));
@@ -132,10 +141,11 @@ fn gelu_backward(hidden: &mut [f32], grad: &mut [f32], inner: usize) -> Vec<f32>
             #[inline(always)]
             || {
                 for (hidden, grad) in hidden.chunks_exact_mut(inner).zip(grad.chunks_exact_mut(inner)) {
-                    for ((x, g), sum) in hidden.iter_mut().zip(grad).zip(sum.iter_mut()) {
-                        let cdf = simd::normal_cdf(*x);
-                        *g *= x.mul_add(simd::normal_density(*x), cdf);
-                        *x *= cdf;
+                    for (((hidden, bias), g), sum) in hidden.iter_mut().zip(bias).zip(grad).zip(sum.iter_mut()) {
+                        let x = *hidden + bias;
+                        let cdf = simd::normal_cdf(x);
+                        *g *= x.mul_add(simd::normal_density(x), cdf);
+                        *hidden = x * cdf;
                         *sum += *g;
                     }
                 }

@@ -1,14 +1,22 @@
-//! Matrix products on slices: the one place that calls the `gemm` crate, and the one file with `unsafe`.
+//! Matrix products on slices: the one place that calls the `gemm` crate.
+//!
+//! A product of bfloat16 runs on the processor's matrix unit where it has one ([`amx`]); elsewhere its operands are rounded in
+//! copies and multiplied as numbers of single precision, and its result is rounded.
 //!
 //! A product that uses several threads is cut into tiles of the result, each a product of one thread: a tenth faster than
 //! the crate's own threads on two cores, and which threads there are does not change the tiles, nor the bits.
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 
 use std::ops::Range;
 
 use gemm::Parallelism;
 use rayon::prelude::*;
 
-use super::simd;
+use super::memory::copied;
+use super::{ELEMENT_BLOCK, simd};
+use crate::Precision;
 
 /// How a result is cut into tiles.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +35,9 @@ const AVX2: Tiling = Tiling { largest: 288, rows: 48, cols: 48 };
 
 /// For kernels of 6 × 64 elements, and second-level caches of 1 MB and more.
 const AVX512: Tiling = Tiling { largest: 768, rows: 48, cols: 64 };
+
+/// For the matrix unit, and processors that have one.
+const AMX: Tiling = Tiling { largest: 1024, rows: 32, cols: 32 };
 
 /// Tiles that a product is cut into at least, so that no thread waits long for another, as far as their units allow.
 const LEAST_TILES: usize = 8;
@@ -66,6 +77,29 @@ impl<'a> Matrix<'a> {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 
+    /// Its elements rounded to bfloat16, in the same order without gaps.
+    fn rounded(self) -> Vec<f32> {
+        let (lines, len, stride) = match self.col_stride {
+            1 => (self.rows, self.cols, self.row_stride),
+            _ => (self.cols, self.rows, self.col_stride),
+        };
+        if len == stride {
+            return copied(&self.data[..lines * len], ELEMENT_BLOCK, |_, block| simd::round_to_bf16(block));
+        }
+        let mut dense = Vec::with_capacity(lines * len);
+        (0..lines).for_each(|line| dense.extend_from_slice(&self.data[line * stride..][..len]));
+        simd::round_to_bf16(&mut dense);
+        dense
+    }
+
+    /// The view of the same elements in the memory that [`rounded`](Self::rounded) made.
+    fn on(self, data: &'a [f32]) -> Self {
+        match self.col_stride {
+            1 => Self { data, row_stride: self.cols, ..self },
+            _ => Self { data, col_stride: self.rows, ..self },
+        }
+    }
+
     /// The view of some of its rows.
     fn rows_of(self, rows: &Range<usize>) -> Self {
         assert!(rows.end <= self.rows, "matrix: rows {rows:?} of {}", self.rows);
@@ -92,14 +126,15 @@ pub(crate) enum Threads {
     Pool,
 }
 
-/// `out = scale·a·b` or `out += scale·a·b`, where `out` is row-major with rows `row_stride` elements apart.
+/// `out = scale·a·b` or `out += scale·a·b`, where `out` is row-major with rows `row_stride` elements apart. In bfloat16 the
+/// operands are rounded, and the result unless it is added to others.
 pub(crate) fn multiply_into(
     out: &mut [f32],
     row_stride: usize,
     destination: Destination,
     scale: f32,
-    a: Matrix,
-    b: Matrix,
+    [a, b]: [Matrix; 2],
+    precision: Precision,
     threads: Threads,
 ) {
     let (rows, cols) = (a.rows, b.cols);
@@ -120,12 +155,12 @@ pub(crate) fn multiply_into(
     // `Matrix::strided` checked; `out` is borrowed mutably, so it overlaps neither of them.
     #[allow(unsafe_code, reason = "the `gemm` crate takes pointers; every extent is asserted above")]
     unsafe {
-        call(out.as_mut_ptr(), row_stride, destination, scale, a, b, threads);
+        call(out.as_mut_ptr(), row_stride, destination, scale, [a, b], Unit::of(precision, a, b), threads);
     }
 }
 
-/// `a·b` as a new dense matrix, on the threads of the current pool.
-pub(crate) fn multiply(a: Matrix, b: Matrix) -> Vec<f32> {
+/// `a·b` as a new dense matrix, on the threads of the current pool. In bfloat16 operands and result are rounded.
+pub(crate) fn multiply(a: Matrix, b: Matrix, precision: Precision) -> Vec<f32> {
     assert_eq!(a.cols, b.rows, "product: {}x{} times {}x{}", a.rows, a.cols, b.rows, b.cols);
     let len = a.rows * b.cols;
     if len == 0 || a.cols == 0 {
@@ -136,25 +171,71 @@ pub(crate) fn multiply(a: Matrix, b: Matrix) -> Vec<f32> {
     // without reading it first.
     #[allow(unsafe_code, reason = "zeroing the result first would cost a pass over it")]
     unsafe {
-        call(out.as_mut_ptr(), b.cols, Destination::Overwrite, 1.0, a, b, Threads::Pool);
+        let unit = Unit::of(precision, a, b);
+        call(out.as_mut_ptr(), b.cols, Destination::Overwrite, 1.0, [a, b], unit, Threads::Pool);
         out.set_len(len);
     }
     out
 }
 
+/// What computes the tiles of a product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Unit {
+    /// The vectors, by the `gemm` crate.
+    Vectors,
+    /// The same, on operands that were rounded to bfloat16; the result is rounded too.
+    Rounding,
+    /// The matrix unit, which rounds to bfloat16.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx,
+}
+
+impl Unit {
+    fn of(precision: Precision, a: Matrix, b: Matrix) -> Self {
+        match precision {
+            Precision::Fp32 => Self::Vectors,
+            Precision::Bf16 => Self::for_bf16([a.rows, a.cols, b.cols]),
+        }
+    }
+
+    /// Of a product of `rows × inner` and `inner × cols`.
+    fn for_bf16([rows, inner, cols]: [usize; 3]) -> Self {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if rows.min(inner).min(cols) >= amx::LEAST && amx::available() {
+            return Self::Amx;
+        }
+        let _ = (rows, inner, cols);
+        Self::Rounding
+    }
+
+    fn tiling(self) -> Tiling {
+        match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx => AMX,
+            Self::Vectors | Self::Rounding if simd::has_avx512() => AVX512,
+            Self::Vectors | Self::Rounding => AVX2,
+        }
+    }
+}
+
 /// # Safety
 /// `out` points to `a.rows` non-overlapping rows of `b.cols` elements, `row_stride` apart, which nothing else aliases, and
-/// `a.cols == b.rows`.
+/// `a.cols == b.rows`; and the processor has the unit.
 #[allow(unsafe_code, reason = "the `gemm` crate takes pointers")]
 unsafe fn call(
     out: *mut f32,
     row_stride: usize,
     destination: Destination,
     scale: f32,
-    a: Matrix,
-    b: Matrix,
+    [a, b]: [Matrix; 2],
+    unit: Unit,
     threads: Threads,
 ) {
+    let copies = (unit == Unit::Rounding).then(|| [a, b].map(|operand| operand.rounded()));
+    let [a, b] = match &copies {
+        Some([rounded_a, rounded_b]) => [a.on(rounded_a), b.on(rounded_b)],
+        None => [a, b],
+    };
     let out = Shared(out);
     let tile = |(rows, cols): (Range<usize>, Range<usize>)| {
         let (a, b) = (a.rows_of(&rows), b.t().rows_of(&cols).t());
@@ -162,6 +243,10 @@ unsafe fn call(
         let out = unsafe { out.at(rows.start * row_stride + cols.start) };
         // SAFETY: the caller's promise for `out`, and the checked extents of `a` and `b`.
         unsafe {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            if unit == Unit::Amx {
+                return amx::multiply(out, row_stride, destination, scale, a, b);
+            }
             gemm::gemm(
                 a.rows,
                 b.cols,
@@ -183,12 +268,16 @@ unsafe fn call(
                 false,
                 Parallelism::None,
             );
+            if unit == Unit::Rounding && destination == Destination::Overwrite {
+                for row in 0..a.rows {
+                    simd::round_to_bf16(std::slice::from_raw_parts_mut(out.add(row * row_stride), b.cols));
+                }
+            }
         }
     };
     match threads {
         Threads::Pool if a.rows * b.cols * a.cols >= LEAST_SHARED_WORK => {
-            let tiling = if simd::has_avx512() { AVX512 } else { AVX2 };
-            tiles(a.rows, b.cols, tiling).into_par_iter().for_each(tile);
+            tiles(a.rows, b.cols, unit.tiling()).into_par_iter().for_each(tile);
         }
         _ => tile((0..a.rows, 0..b.cols)),
     }
@@ -237,6 +326,7 @@ fn tiles(rows: usize, cols: usize, tiling: Tiling) -> Vec<(Range<usize>, Range<u
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Precision::Fp32;
 
     fn counted(len: usize) -> Vec<f32> {
         (0..len).map(|i| ((i * 7) % 11) as f32 - 5.0).collect()
@@ -253,12 +343,12 @@ mod tests {
                 let at = |x: &Matrix, i: usize, j: usize| x.data[i * x.row_stride + j * x.col_stride];
                 let expected: Vec<f32> =
                     (0..m * n).map(|e| (0..k).map(|l| at(&a, e / n, l) * at(&b, l, e % n)).sum()).collect();
-                assert_eq!(multiply(a, b), expected, "{m}x{k}x{n}");
+                assert_eq!(multiply(a, b, Fp32), expected, "{m}x{k}x{n}");
 
                 // Into rows that are two elements longer than needed, which keep what they held.
                 let stride = n + 2;
                 let mut out = vec![1.0; m * stride];
-                multiply_into(&mut out, stride, Destination::Accumulate, 2.0, a, b, Threads::One);
+                multiply_into(&mut out, stride, Destination::Accumulate, 2.0, [a, b], Fp32, Threads::One);
                 for (i, row) in out.chunks(stride).enumerate() {
                     let wanted: Vec<f32> = expected[i * n..][..n].iter().map(|v| 1.0 + 2.0 * v).collect();
                     assert_eq!(row[..n], wanted);
@@ -286,13 +376,13 @@ mod tests {
                     let stride = n + 3;
                     let mut out = vec![1.0; m * stride];
                     pool.install(|| {
-                        multiply_into(&mut out, stride, Destination::Accumulate, 0.5, a, b, Threads::Pool);
+                        multiply_into(&mut out, stride, Destination::Accumulate, 0.5, [a, b], Fp32, Threads::Pool);
                     });
                     out
                 };
                 let (one, three) = (with(1), with(3));
                 assert!(one.iter().zip(&three).all(|(x, y)| x.to_bits() == y.to_bits()), "{m}x{k}x{n}");
-                let whole = multiply(a, b);
+                let whole = multiply(a, b, Fp32);
                 for (i, row) in one.chunks(n + 3).enumerate() {
                     let scale = whole.iter().fold(1.0, |most: f32, v| most.max(v.abs()));
                     assert_eq!(row[n..], [1.0; 3]);
@@ -310,11 +400,114 @@ mod tests {
         assert_eq!(cases, 18);
     }
 
+    /// What computes products of bfloat16 here.
+    fn units_for_bf16() -> Vec<Unit> {
+        let mut units = vec![Unit::Rounding];
+        let best = Unit::for_bf16([64; 3]);
+        units.extend((best != Unit::Rounding).then_some(best));
+        units
+    }
+
+    fn multiply_on(unit: Unit, out: &mut [f32], stride: usize, destination: Destination, factors: [Matrix; 2]) {
+        assert!(out.len() >= (factors[0].rows - 1) * stride + factors[1].cols);
+        // SAFETY: the rows lie in `out`, and the unit is one that this processor has.
+        #[allow(unsafe_code, reason = "the unit is chosen here")]
+        unsafe {
+            call(out.as_mut_ptr(), stride, destination, 0.5, factors, unit, Threads::Pool);
+        }
+    }
+
+    #[test]
+    fn in_bfloat16_every_unit_rounds_operands_and_result_in_every_orientation() {
+        let numbers = |len: usize| (0..len).map(|i| ((i * 37) % 101) as f32 * 0.37 - 18.0).collect::<Vec<_>>();
+        let mut cases = 0;
+        // The depth of the last is cut into pieces; strips, steps and columns are whole in one alone.
+        for (m, k, n) in
+            [(1, 1, 1), (16, 16, 16), (64, 96, 32), (37, 70, 45), (33, 17, 100), (200, 31, 1030), (40, 2500, 21)]
+        {
+            for (transposed_a, transposed_b) in [(false, false), (true, false), (false, true), (true, true)] {
+                let (a_data, b_data) = (numbers(m * k), numbers(k * n + 5));
+                let a = if transposed_a { Matrix::new(&a_data, k, m).t() } else { Matrix::new(&a_data, m, k) };
+                let b = if transposed_b { Matrix::new(&b_data, n, k).t() } else { Matrix::new(&b_data, k, n) };
+                let at = |x: &Matrix, i: usize, j: usize| {
+                    let mut value = [x.data[i * x.row_stride + j * x.col_stride]];
+                    simd::round_to_bf16(&mut value);
+                    f64::from(value[0])
+                };
+                for unit in units_for_bf16() {
+                    let stride = n + 3;
+                    let (mut over, mut onto) = (vec![1.0; m * stride], vec![1.0; m * stride]);
+                    multiply_on(unit, &mut over, stride, Destination::Overwrite, [a, b]);
+                    multiply_on(unit, &mut onto, stride, Destination::Accumulate, [a, b]);
+                    for (i, (over, onto)) in over.chunks(stride).zip(onto.chunks(stride)).enumerate() {
+                        assert_eq!([&over[n..], &onto[n..]], [[1.0; 3]; 2], "{unit:?} {m}x{k}x{n}: what lies beside");
+                        for j in 0..n {
+                            let terms = (0..k).map(|l| 0.5 * at(&a, i, l) * at(&b, l, j));
+                            let (exact, size) = terms.fold((0.0, 1.0), |(sum, size), t| (sum + t, size + t.abs()));
+                            let summed = 1e-6 * size;
+                            // Half the distance of two numbers of bfloat16.
+                            let bound = exact.abs() / 256.0 + summed;
+                            let found = f64::from(over[j]);
+                            assert!((found - exact).abs() <= bound, "{unit:?} {m}x{k}x{n}: {found} for {exact}");
+                            assert_eq!(over[j].to_bits() & 0xffff, 0, "{unit:?} {m}x{k}x{n}: {found} is not rounded");
+                            let added = f64::from(onto[j]) - 1.0 - exact;
+                            assert!(added.abs() <= summed, "{unit:?} {m}x{k}x{n}: {added} beside the sum");
+                        }
+                    }
+                    cases += 1;
+                }
+            }
+        }
+        assert_eq!(cases, 7 * 4 * units_for_bf16().len());
+    }
+
+    #[test]
+    fn in_bfloat16_what_is_no_number_stays_none() {
+        for unit in units_for_bf16() {
+            let (mut a, b) = (vec![1.0; 20 * 40], vec![1.0; 40 * 24]);
+            (a[3 * 40 + 7], a[5 * 40]) = (f32::NAN, f32::INFINITY);
+            let mut out = vec![0.0; 20 * 24];
+            let factors = [Matrix::new(&a, 20, 40), Matrix::new(&b, 40, 24)];
+            multiply_on(unit, &mut out, 24, Destination::Overwrite, factors);
+            for (i, row) in out.chunks(24).enumerate() {
+                let expected: fn(f32) -> bool = match i {
+                    3 => f32::is_nan,
+                    5 => |v| v == f32::INFINITY,
+                    _ => |v| v == 20.0,
+                };
+                assert!(row.iter().all(|v| expected(*v)), "{unit:?}, row {i}: {row:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn in_bfloat16_threads_do_not_change_the_bits() {
+        let numbers = |len: usize| (0..len).map(|i| ((i * 37) % 101) as f32 * 0.37 - 18.0).collect::<Vec<_>>();
+        let mut cases = 0;
+        for (m, k, n) in [(289, 1100, 47), (1576, 24, 577), (96, 520, 96)] {
+            let (a_data, b_data) = (numbers(m * k), numbers(k * n));
+            let factors = [Matrix::new(&a_data, m, k), Matrix::new(&b_data, n, k).t()];
+            for unit in units_for_bf16() {
+                let with = |threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+                    let mut out = vec![1.0; m * n];
+                    pool.install(|| multiply_on(unit, &mut out, n, Destination::Accumulate, factors));
+                    out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                };
+                assert!(with(1) == with(3), "{unit:?} {m}x{k}x{n}");
+                cases += 1;
+            }
+        }
+        assert_eq!(cases, 3 * units_for_bf16().len());
+    }
+
     #[test]
     fn tiles_are_many_and_no_larger_than_they_may() {
         let sizes =
             [(8320, 192), (192, 192), (235, 16384), (1, 1), (1, 5000), (49, 97), (768, 8320), (50, 60), (40, 400)];
-        for (tiling, (rows, cols)) in [AVX2, AVX512].into_iter().flat_map(|tiling| sizes.map(|size| (tiling, size))) {
+        for (tiling, (rows, cols)) in
+            [AVX2, AVX512, AMX].into_iter().flat_map(|tiling| sizes.map(|size| (tiling, size)))
+        {
             let tiles = tiles(rows, cols, tiling);
             let covered: usize = tiles.iter().map(|(r, c)| r.len() * c.len()).sum();
             assert_eq!(covered, rows * cols, "{rows}x{cols} {tiling:?}");
@@ -328,11 +521,11 @@ mod tests {
     #[test]
     fn empty_inner_dimension_gives_zero_or_keeps() {
         let (a, b) = (Matrix::new(&[], 2, 0), Matrix::new(&[], 0, 3));
-        assert_eq!(multiply(a, b), vec![0.0; 6]);
+        assert_eq!(multiply(a, b, Fp32), vec![0.0; 6]);
         let mut out = vec![4.0; 6];
-        multiply_into(&mut out, 3, Destination::Accumulate, 1.0, a, b, Threads::One);
+        multiply_into(&mut out, 3, Destination::Accumulate, 1.0, [a, b], Fp32, Threads::One);
         assert_eq!(out, vec![4.0; 6]);
-        multiply_into(&mut out, 3, Destination::Overwrite, 1.0, a, b, Threads::One);
+        multiply_into(&mut out, 3, Destination::Overwrite, 1.0, [a, b], Fp32, Threads::One);
         assert_eq!(out, vec![0.0; 6]);
     }
 
@@ -347,6 +540,6 @@ mod tests {
     fn destination_that_is_too_small_panics() {
         let data = [0.0; 6];
         let (a, b) = (Matrix::new(&data, 2, 3), Matrix::new(&data, 3, 2));
-        multiply_into(&mut [0.0; 5], 4, Destination::Overwrite, 1.0, a, b, Threads::One);
+        multiply_into(&mut [0.0; 5], 4, Destination::Overwrite, 1.0, [a, b], Fp32, Threads::One);
     }
 }

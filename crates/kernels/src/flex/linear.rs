@@ -8,14 +8,18 @@ use super::branch::add_bias;
 use super::gemm::{Matrix, multiply};
 use super::operation::Operation;
 use super::{ROW_BLOCK, contiguous, dims2, elements, for_each_block, simd, sum_over_rows, tensor};
+use crate::Precision;
 
 /// Inputs `x [M, in]`, `weight [out, in]` and, with `N = 3`, `bias [out]`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Linear;
+pub(crate) struct Linear {
+    /// Of its products.
+    pub(crate) precision: Precision,
+}
 
 impl Operation<2> for Linear {
     fn forward(&self, [x, weight]: [FlexTensor; 2]) -> FlexTensor {
-        forward(x, weight, None)
+        self.value(x, weight, None)
     }
 
     fn reads(&self, [x, weight]: [bool; 2]) -> [bool; 2] {
@@ -28,14 +32,14 @@ impl Operation<2> for Linear {
         grad: FlexTensor,
         [for_x, for_weight]: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
-        let [dx, dw, _] = backward(x, weight, grad, [for_x, for_weight, false]);
+        let [dx, dw, _] = self.gradients(x, weight, grad, [for_x, for_weight, false]);
         [dx, dw]
     }
 }
 
 impl Operation<3> for Linear {
     fn forward(&self, [x, weight, bias]: [FlexTensor; 3]) -> FlexTensor {
-        forward(x, weight, Some(bias))
+        self.value(x, weight, Some(bias))
     }
 
     fn reads(&self, [x, weight, _]: [bool; 3]) -> [bool; 3] {
@@ -48,45 +52,49 @@ impl Operation<3> for Linear {
         grad: FlexTensor,
         tracked: [bool; 3],
     ) -> [Option<FlexTensor>; 3] {
-        backward(x, weight, grad, tracked)
+        self.gradients(x, weight, grad, tracked)
     }
 }
 
-fn forward(x: FlexTensor, weight: FlexTensor, bias: Option<FlexTensor>) -> FlexTensor {
-    let ([rows, inner], [out, weight_inner]) = (dims2(&x), dims2(&weight));
-    assert_eq!(inner, weight_inner, "linear: x [{rows}, {inner}] and weight [{out}, {weight_inner}]");
-    let (x, weight) = (contiguous(x), contiguous(weight));
-    let mut y = multiply(Matrix::new(elements(&x), rows, inner), Matrix::new(elements(&weight), out, inner).t());
-    if let Some(bias) = bias {
-        let bias = contiguous(bias);
-        let bias = elements(&bias);
-        assert_eq!(bias.len(), out, "linear: bias [{}] and {out} outputs", bias.len());
-        for_each_block(&mut y, ROW_BLOCK * out.max(1), &mut [], 0, |_, rows, _| add_bias(rows, bias));
+impl Linear {
+    fn value(&self, x: FlexTensor, weight: FlexTensor, bias: Option<FlexTensor>) -> FlexTensor {
+        let ([rows, inner], [out, weight_inner]) = (dims2(&x), dims2(&weight));
+        assert_eq!(inner, weight_inner, "linear: x [{rows}, {inner}] and weight [{out}, {weight_inner}]");
+        let (x, weight) = (contiguous(x), contiguous(weight));
+        let rows_of_x = Matrix::new(elements(&x), rows, inner);
+        let mut y = multiply(rows_of_x, Matrix::new(elements(&weight), out, inner).t(), self.precision);
+        if let Some(bias) = bias {
+            let bias = contiguous(bias);
+            let bias = elements(&bias);
+            assert_eq!(bias.len(), out, "linear: bias [{}] and {out} outputs", bias.len());
+            for_each_block(&mut y, ROW_BLOCK * out.max(1), &mut [], 0, |_, rows, _| add_bias(rows, bias));
+        }
+        tensor(y, [rows, out])
     }
-    tensor(y, [rows, out])
-}
 
-fn backward(
-    x: Option<FlexTensor>,
-    weight: Option<FlexTensor>,
-    grad: FlexTensor,
-    [for_x, for_weight, for_bias]: [bool; 3],
-) -> [Option<FlexTensor>; 3] {
-    let [rows, out] = dims2(&grad);
-    let grad = contiguous(grad);
-    let g = Matrix::new(elements(&grad), rows, out);
-    let dx = weight.filter(|_| for_x).map(|weight| {
-        let [_, inner] = dims2(&weight);
-        let weight = contiguous(weight);
-        tensor(multiply(g, Matrix::new(elements(&weight), out, inner)), [rows, inner])
-    });
-    let dw = x.filter(|_| for_weight).map(|x| {
-        let [_, inner] = dims2(&x);
-        let x = contiguous(x);
-        tensor(multiply(g.t(), Matrix::new(elements(&x), rows, inner)), [out, inner])
-    });
-    let db = for_bias.then(|| tensor(column_sums(elements(&grad), rows, out), [out]));
-    [dx, dw, db]
+    fn gradients(
+        &self,
+        x: Option<FlexTensor>,
+        weight: Option<FlexTensor>,
+        grad: FlexTensor,
+        [for_x, for_weight, for_bias]: [bool; 3],
+    ) -> [Option<FlexTensor>; 3] {
+        let [rows, out] = dims2(&grad);
+        let grad = contiguous(grad);
+        let g = Matrix::new(elements(&grad), rows, out);
+        let dx = weight.filter(|_| for_x).map(|weight| {
+            let [_, inner] = dims2(&weight);
+            let weight = contiguous(weight);
+            tensor(multiply(g, Matrix::new(elements(&weight), out, inner), self.precision), [rows, inner])
+        });
+        let dw = x.filter(|_| for_weight).map(|x| {
+            let [_, inner] = dims2(&x);
+            let x = contiguous(x);
+            tensor(multiply(g.t(), Matrix::new(elements(&x), rows, inner), self.precision), [out, inner])
+        });
+        let db = for_bias.then(|| tensor(column_sums(elements(&grad), rows, out), [out]));
+        [dx, dw, db]
+    }
 }
 
 /// Sums of the columns of a `[rows, out]` matrix.

@@ -1,8 +1,13 @@
-//! New memory that is written once: zeroing it first, as `vec![0.0; n]` does, would cost a pass of one thread over it.
+//! New memory that is written once: zeroing it first, as `vec![0.0; n]` does, would cost a pass of one thread over it. And
+//! numbers in half the memory, between forward and backward pass.
 
 use std::mem::MaybeUninit;
 
+use burn::tensor::bf16;
 use rayon::prelude::*;
+
+use super::{ELEMENT_BLOCK, simd};
+use crate::Precision;
 
 /// A copy of `source` made in parallel, block by block, each changed by `f(start, copy)` while it is in the cache.
 pub(super) fn copied(source: &[f32], block: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
@@ -17,20 +22,61 @@ pub(super) fn copied(source: &[f32], block: usize, f: impl Fn(usize, &mut [f32])
     })
 }
 
-/// [`copied`] from a source whose blocks are changed by `before(source)` first.
-pub(super) fn changed_and_copied(
-    source: &mut [f32],
-    block: usize,
-    before: impl Fn(&mut [f32]) + Sync,
-    after: impl Fn(&mut [f32]) + Sync,
-) -> Vec<f32> {
-    write_once(source.len(), |memory| {
-        let blocks = memory.par_chunks_mut(block).zip(source.par_chunks_mut(block));
-        blocks.for_each(|(to, from)| {
-            before(from);
-            after(to.write_copy_of_slice(from));
-        });
-    })
+/// Numbers that are kept for the backward pass: in bfloat16 where the products that make and take them are.
+#[derive(Clone, Debug)]
+pub(super) enum Stored {
+    /// As they were.
+    Single(Vec<f32>),
+    /// Rounded, unless they were before.
+    Half(Vec<bf16>),
+}
+
+impl Stored {
+    pub(super) fn new(values: Vec<f32>, precision: Precision) -> Self {
+        match precision {
+            Precision::Fp32 => Self::Single(values),
+            Precision::Bf16 => Self::Half(halved(&values)),
+        }
+    }
+
+    pub(super) fn into_single(self) -> Vec<f32> {
+        match self {
+            Self::Single(values) => values,
+            Self::Half(values) => widened(&values),
+        }
+    }
+}
+
+/// Numbers of bfloat16, rounded to.
+pub(super) fn halved(values: &[f32]) -> Vec<bf16> {
+    let mut half = vec![bf16::ZERO; values.len()];
+    half.par_chunks_mut(ELEMENT_BLOCK).zip(values.par_chunks(ELEMENT_BLOCK)).for_each(|(half, values)| {
+        simd::vectorized(
+            #[inline(always)]
+            || {
+                for (half, value) in half.iter_mut().zip(values) {
+                    *half = bf16::from_bits((simd::rounded_to_bf16(*value).to_bits() >> 16) as u16);
+                }
+            },
+        );
+    });
+    half
+}
+
+/// The same numbers of single precision.
+pub(super) fn widened(values: &[bf16]) -> Vec<f32> {
+    let mut wide = vec![0.0; values.len()];
+    wide.par_chunks_mut(ELEMENT_BLOCK).zip(values.par_chunks(ELEMENT_BLOCK)).for_each(|(wide, values)| {
+        simd::vectorized(
+            #[inline(always)]
+            || {
+                for (wide, value) in wide.iter_mut().zip(values) {
+                    *wide = f32::from_bits(u32::from(value.to_bits()) << 16);
+                }
+            },
+        );
+    });
+    wide
 }
 
 /// `len` numbers in blocks of `block`, each zeroed by the task that then gives it to `f(state, i, block)`.

@@ -10,6 +10,8 @@
 
 mod attention;
 mod attention_branch;
+#[cfg(test)]
+mod bf16_tests;
 mod branch;
 mod depthwise_conv;
 mod feed_forward;

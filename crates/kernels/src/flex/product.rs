@@ -1,24 +1,40 @@
 //! The matrix product of two plain tensors, for operations that are written on tensors.
 
-use burn::backend::flex::FlexTensor;
+use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Flex, backend_extension};
+use burn::tensor::{Bytes, DType, Shape};
 
 use super::gemm::{Matrix, multiply};
+use super::memory::{halved, widened};
 use super::{contiguous, dims2, elements, tensor};
+use crate::Precision;
 
 /// The product, on `flex` without automatic differentiation.
 #[backend_extension(Flex)]
 pub(crate) trait FlexProducts: Backend {
-    /// `a [M, I]`, `b [I, N]` → `[M, N]`.
-    fn product(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// `a [M, I]`, `b [I, N]` of single precision → `[M, N]`, with operands and result rounded as the precision says.
+    fn product(a: FloatTensor<Self>, b: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self>;
+    /// `a [M, I]`, `b [I, N]` → `[M, N]`, all of bfloat16.
+    fn product_of_bf16(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 impl FlexProducts for Flex {
-    fn product(a: FlexTensor, b: FlexTensor) -> FlexTensor {
+    fn product(a: FlexTensor, b: FlexTensor, precision: Precision) -> FlexTensor {
         let ([rows, _], [_, columns]) = (dims2(&a), dims2(&b));
         let (a, b) = (Laid::out(a), Laid::out(b));
-        tensor(multiply(a.matrix(), b.matrix()), [rows, columns])
+        tensor(multiply(a.matrix(), b.matrix(), precision), [rows, columns])
+    }
+
+    fn product_of_bf16(a: FlexTensor, b: FlexTensor) -> FlexTensor {
+        let ([rows, _], [_, columns]) = (dims2(&a), dims2(&b));
+        let (a, b) = (Laid::out(a).widened(), Laid::out(b).widened());
+        let product = multiply(a.matrix(), b.matrix(), Precision::Bf16);
+        FlexTensor::new(
+            Bytes::from_elems(halved(&product)),
+            Layout::contiguous(Shape::from([rows, columns])),
+            DType::BF16,
+        )
     }
 }
 
@@ -35,6 +51,12 @@ impl Laid {
             true => Self { tensor: turned, transposed: true },
             false => Self { tensor: contiguous(tensor), transposed: false },
         }
+    }
+
+    /// The same of single precision, from bfloat16.
+    fn widened(self) -> Self {
+        let wide = widened(self.tensor.as_slice().expect("contiguous bfloat16"));
+        Self { tensor: tensor(wide, dims2(&self.tensor)), ..self }
     }
 
     fn matrix(&self) -> Matrix<'_> {

@@ -14,6 +14,7 @@ use super::gemm::{Destination, Matrix, Threads, multiply, multiply_into};
 use super::linear::column_sums;
 use super::operation::Branch;
 use super::{ROW_BLOCK, contiguous, dims2, elements, for_each_block, simd, tensor};
+use crate::Precision;
 
 /// Inputs as of [`AttentionBranch`](super::AttentionBranch); the result is `[R, D]`.
 #[derive(Clone, Debug)]
@@ -24,6 +25,8 @@ pub(crate) struct SelectedAttention {
     pub(crate) num_heads: usize,
     /// Added to the variance.
     pub(crate) eps: f64,
+    /// Of its products.
+    pub(crate) precision: Precision,
     /// Whether the backward pass computes projections and heads again.
     pub(crate) recompute: bool,
 }
@@ -101,7 +104,7 @@ impl SelectedAttention {
         );
         let (x, weight, bias) = (contiguous(x), contiguous(weight), contiguous(bias));
         let norm = Norm::new(norm_weight, norm_bias, self.eps);
-        let projection = Projection::new(w_out, b_out, gamma);
+        let projection = Projection::new(w_out, b_out, gamma, self.precision);
         let biases = elements(&bias).len();
         assert_eq!(biases, packed, "attention: bias [{biases}] of {packed} packed features");
         let between = self.between(&x, &norm, &weight, &bias, &tables);
@@ -129,7 +132,8 @@ impl SelectedAttention {
         let [bias_q, bias_kv] = split(elements(bias), width);
         let project = |rows: &[f32], weight: &[f32], bias: &[f32]| {
             let weight = Matrix::new(weight, bias.len(), width);
-            let mut projected = multiply(Matrix::new(rows, rows.len() / width.max(1), width), weight.t());
+            let rows = Matrix::new(rows, rows.len() / width.max(1), width);
+            let mut projected = multiply(rows, weight.t(), self.precision);
             for_each_block(&mut projected, ROW_BLOCK * bias.len().max(1), &mut [], 0, |_, rows, _| {
                 add_bias(rows, bias)
             });
@@ -137,7 +141,7 @@ impl SelectedAttention {
         };
         let q = project(&gathered(&normalized, &self.rows, width), of_q, bias_q);
         let kv = project(&normalized, of_kv, bias_kv);
-        let heads = Selected::new(&q, &kv, &self.rows, sizes, rotation(tables, sizes)).forward();
+        let heads = Selected::new([&q, &kv], &self.rows, sizes, rotation(tables, sizes), self.precision).forward();
         Between { q, kv, heads }
     }
 
@@ -152,7 +156,9 @@ impl SelectedAttention {
         let [dw_out, db_out, dgamma] = projection.backward(g, &heads, width);
         drop(heads);
         let dheads = projection.backward_input(g, width);
-        let [dq, dkv] = Selected::new(&q, &kv, &self.rows, sizes, rotation(&tables, sizes)).backward(&dheads);
+        let selected = Selected::new([&q, &kv], &self.rows, sizes, rotation(&tables, sizes), self.precision);
+        let [dq, dkv] = selected.backward(&dheads);
+        drop(selected);
         drop((dheads, q, kv));
 
         let x = elements(&x);
@@ -161,14 +167,17 @@ impl SelectedAttention {
         let selected = gathered(&normalized, &self.rows, width);
         let mut dweight = vec![0.0; 3 * width * width];
         let (of_q, of_kv) = dweight.split_at_mut(width * width);
-        let into = |out: &mut [f32], a, b| multiply_into(out, width, Destination::Overwrite, 1.0, a, b, Threads::Pool);
+        let into = |out: &mut [f32], a, b| {
+            multiply_into(out, width, Destination::Overwrite, 1.0, [a, b], self.precision, Threads::Pool);
+        };
         into(of_q, dq_rows.t(), Matrix::new(&selected, rows, width));
         into(of_kv, dkv_rows.t(), Matrix::new(&normalized, count, width));
         drop((normalized, selected));
         let dbias = [column_sums(&dq, rows, width), column_sums(&dkv, count, 2 * width)].concat();
         let [of_q, of_kv] = split(elements(&weight), width * width);
-        let mut dnormalized = multiply(dkv_rows, Matrix::new(of_kv, 2 * width, width));
-        add_to_rows(&mut dnormalized, &self.rows, &multiply(dq_rows, Matrix::new(of_q, width, width)), width);
+        let mut dnormalized = multiply(dkv_rows, Matrix::new(of_kv, 2 * width, width), self.precision);
+        let through_q = multiply(dq_rows, Matrix::new(of_q, width, width), self.precision);
+        add_to_rows(&mut dnormalized, &self.rows, &through_q, width);
         let mut past = vec![0.0; count * width];
         add_to_rows(&mut past, &self.rows, g, width);
         let [dx, dnorm_weight, dnorm_bias] = norm.backward(x, dnormalized, &past, width);

@@ -201,6 +201,26 @@ pub(super) fn scaled_exp_and_sum(x: &mut [f32], shift: f32, scale: f32) -> f32 {
     sum(x)
 }
 
+/// The nearest number of bfloat16, of two the even one; NaN for NaN.
+#[inline(always)]
+pub(super) fn rounded_to_bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    let rounded = f32::from_bits(bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000);
+    if x.is_nan() { f32::NAN } else { rounded }
+}
+
+/// [`rounded_to_bf16`] of each number.
+pub(super) fn round_to_bf16(x: &mut [f32]) {
+    vectorized(
+        #[inline(always)]
+        || {
+            for v in x.iter_mut() {
+                *v = rounded_to_bf16(*v);
+            }
+        },
+    );
+}
+
 /// `xᵢ *= factor`.
 #[inline(always)]
 pub(super) fn scale(x: &mut [f32], factor: f32) {

@@ -229,7 +229,7 @@ impl<const LAYERS: usize> GatedFeedForward<LAYERS> {
         let unbiased = made(&first, norm.forward(x.clone()));
         let between = (keep && !self.recompute).then(|| unbiased.clone());
         let [gate, value] = gate_and_value(&first, unbiased);
-        let y = last.forward(x.clone(), gated(gate, value, self.precision));
+        let y = last.forward(x.clone(), gated(gate, value));
         (y.into_dispatch(), keep.then(|| GatedKept { x, norm, first, last, between }))
     }
 
@@ -243,7 +243,7 @@ impl<const LAYERS: usize> GatedFeedForward<LAYERS> {
         let [gate, value] = gate_and_value(&first, between);
         let grad = Tensor::<2>::from_dispatch(grad);
         let input = last.backward_input(grad.clone());
-        let [activated, dgate, dvalue] = gated_backward(gate, value, input, self.precision);
+        let [activated, dgate, dvalue] = gated_backward(gate, value, input);
         let [dw_out, db_out, dgamma] = last.backward(grad.clone(), activated);
         let mut dmade = match LAYERS {
             1 => vec![Tensor::cat(vec![dgate, dvalue], 1)],
@@ -331,7 +331,7 @@ mod tests {
 
     use super::{attention, feed_forward, gated_feed_forward};
     use crate::Precision::{self, Bf16, Fp32};
-    use crate::testing::{Case, Inputs, assert_same, largest_difference, run};
+    use crate::testing::{Case, Inputs, assert_as_near, assert_same, distances, run};
     use crate::{Branch, Normalization, Projection, RopeTable, composed};
 
     fn branch(t: &Inputs, bias: bool, gamma: bool, precision: Precision) -> Branch {
@@ -526,46 +526,32 @@ mod tests {
         }
     }
 
-    /// Root of the mean squared difference of each result, as a share of the root of its mean square.
-    fn distances(actual: &[Vec<f32>], expected: &[Vec<f32>]) -> Vec<f64> {
-        let square = |v: f32| f64::from(v).powi(2);
-        let of = |(a, e): (&Vec<f32>, &Vec<f32>)| {
-            let differences: f64 = a.iter().zip(e).map(|(a, e)| square(a - e)).sum();
-            (differences / e.iter().map(|v| square(*v)).sum::<f64>()).sqrt()
-        };
-        assert_eq!(actual.len(), expected.len());
-        actual.iter().zip(expected).map(of).collect()
-    }
-
     /// Both round the operands of products, though not all gradients at the same place.
     #[test]
     fn in_bfloat16_it_is_as_near_to_single_precision_as_the_definition() {
         let rows: Vec<usize> = (0..3 * 17).filter(|i| i % 3 != 1).collect();
-        let attended = |t: &Inputs, precision| {
-            attention(t.cube(0), Some(&rows), branch(t, true, true, precision), 2, Some(&rope(t)))
-        };
-        let attended_by_definition = |t: &Inputs, precision| {
-            composed::selected_attention(t.cube(0), &rows, branch(t, true, true, precision), 2, Some(&rope(t)))
-        };
-        let fed = |t: &Inputs, precision| feed_forward(t.matrix(0), branch(t, true, true, precision));
-        let fed_by_definition =
-            |t: &Inputs, precision| composed::feed_forward(t.matrix(0), branch(t, true, true, precision));
         let mut compared = 0;
         let mut compare = |case: Case,
                            ours: &dyn Fn(&Inputs, Precision) -> Tensor<2>,
                            defined: &dyn Fn(&Inputs, Precision) -> Tensor<2>| {
-            let single = run(&case, |t| defined(t, Fp32));
-            let (ours, defined) = (run(&case, |t| ours(t, Bf16)), run(&case, |t| defined(t, Bf16)));
-            // The values have the same roundings.
-            assert!(largest_difference(&ours[..1], &defined[..1]) < 1e-6);
-            let (ours, defined) = (distances(&ours, &single), distances(&defined, &single));
-            for (i, (ours, defined)) in ours.into_iter().zip(defined).enumerate() {
-                assert!(ours < 1.1 * defined + 1e-4, "result {i}: {ours:.1e}, by definition {defined:.1e}");
-                compared += 1;
-            }
+            // The values have the same roundings, but for what lies near the border between two numbers: some 5e-3 apart they
+            // would be without them.
+            let values = [run(&case, |t| ours(t, Bf16)), run(&case, |t| defined(t, Bf16))];
+            assert!(distances(&values[0][..1], &values[1][..1])[0] < 1e-3);
+            compared += assert_as_near(&case, ours, defined, 1.1);
         };
-        compare(attention_case([3, 17, 2, 12], [true; 8]), &attended, &attended_by_definition);
-        compare(feed_forward_case(190, 48, 100, [true; 8]), &fed, &fed_by_definition);
+        compare(
+            attention_case([3, 17, 2, 12], [true; 8]),
+            &|t, precision| attention(t.cube(0), Some(&rows), branch(t, true, true, precision), 2, Some(&rope(t))),
+            &|t, precision| {
+                composed::selected_attention(t.cube(0), &rows, branch(t, true, true, precision), 2, Some(&rope(t)))
+            },
+        );
+        compare(
+            feed_forward_case(190, 48, 100, [true; 8]),
+            &|t, precision| feed_forward(t.matrix(0), branch(t, true, true, precision)),
+            &|t, precision| composed::feed_forward(t.matrix(0), branch(t, true, true, precision)),
+        );
         for layers in [1, 2] {
             compare(
                 gated_case(190, 160, 100, layers, &vec![true; 6 + 2 * layers]),

@@ -5,6 +5,7 @@ use burn::backend::flex::FlexTensor;
 use super::super::gemm::{Destination, Matrix, Threads, multiply_into};
 use super::super::{dims2, elements, simd};
 use super::Sizes;
+use crate::Precision;
 
 /// The queries of one head of one image, and the keys and values that they meet: three matrices of `head_dim` columns, one
 /// row for each query or token.
@@ -17,6 +18,8 @@ pub(super) struct Head<'a> {
     pub(super) places: [Place; 3],
     pub(super) queries: Queries<'a>,
     pub(super) rotation: Option<Rotation<'a>>,
+    /// Of the products.
+    pub(super) precision: Precision,
 }
 
 /// The tokens that ask.
@@ -36,10 +39,11 @@ impl<'a> Head<'a> {
         image: usize,
         head: usize,
         rotation: Option<Rotation<'a>>,
+        precision: Precision,
     ) -> Self {
         let len = sizes.tokens * 3 * sizes.width();
         let image = &qkv[image * len..][..len];
-        Self { sizes, data: [image; 3], places: Place::packed(sizes, head), queries: Queries::All, rotation }
+        Self { sizes, data: [image; 3], places: Place::packed(sizes, head), queries: Queries::All, rotation, precision }
     }
 
     /// Queries of this head.
@@ -59,12 +63,11 @@ impl<'a> Head<'a> {
         }
     }
 
-    /// Copies `q` (scaled) and `k`, rotated.
+    /// Copies `q` and `k`, rotated.
     fn gather(&self, scratch: &mut Scratch) {
         let Sizes { tokens, head_dim, .. } = self.sizes;
         scratch.q.resize(self.count() * head_dim, 0.0);
         scratch.k.resize(tokens * head_dim, 0.0);
-        let scale = self.sizes.scale();
         simd::vectorized(
             #[inline(always)]
             || {
@@ -73,7 +76,6 @@ impl<'a> Head<'a> {
                     if let Some(rotation) = self.rotation {
                         rotation.apply(row, self.token(i));
                     }
-                    simd::scale(row, scale);
                 }
                 for (token, row) in scratch.k.chunks_exact_mut(head_dim).enumerate() {
                     row.copy_from_slice(&self.data[1][self.places[1].start(token)..][..head_dim]);
@@ -90,6 +92,10 @@ impl<'a> Head<'a> {
         Matrix::strided(&self.data[2][self.places[2].first..], tokens, head_dim, self.places[2].row)
     }
 
+    fn multiply(&self, out: &mut [f32], row_stride: usize, destination: Destination, scale: f32, factors: [Matrix; 2]) {
+        multiply_into(out, row_stride, destination, scale, factors, self.precision, Threads::One);
+    }
+
     /// The exponentials of the scores of `count` query rows from `first`, shifted by the largest of each row, and one over
     /// their sums.
     fn exponentials(&self, first: usize, count: usize, scratch: &mut Scratch) {
@@ -99,7 +105,7 @@ impl<'a> Head<'a> {
         inverse_sums.resize(count, 0.0);
         let q = Matrix::new(&q[first * head_dim..], count, head_dim);
         let k = Matrix::new(k, tokens, head_dim);
-        multiply_into(probabilities, tokens, Destination::Overwrite, 1.0, q, k.t(), Threads::One);
+        self.multiply(probabilities, tokens, Destination::Overwrite, self.sizes.scale(), [q, k.t()]);
         simd::vectorized(
             #[inline(always)]
             || {
@@ -119,7 +125,7 @@ impl<'a> Head<'a> {
             self.exponentials(first, count, scratch);
             let rows = &mut out[place.start(first)..];
             let exponentials = Matrix::new(&scratch.probabilities, count, tokens);
-            multiply_into(rows, place.row, Destination::Overwrite, 1.0, exponentials, self.v(), Threads::One);
+            self.multiply(rows, place.row, Destination::Overwrite, 1.0, [exponentials, self.v()]);
             // The rows of the result are shorter than those of the probabilities: they are the ones to normalise.
             simd::vectorized(
                 #[inline(always)]
@@ -153,7 +159,7 @@ impl<'a> Head<'a> {
             dscores.resize(count * tokens, 0.0);
 
             let grad = Matrix::strided(&grad[place.start(first)..], count, head_dim, place.row);
-            multiply_into(dscores, tokens, Destination::Overwrite, 1.0, grad, self.v().t(), Threads::One);
+            self.multiply(dscores, tokens, Destination::Overwrite, 1.0, [grad, self.v().t()]);
             simd::vectorized(
                 #[inline(always)]
                 || {
@@ -170,14 +176,13 @@ impl<'a> Head<'a> {
 
             let p = Matrix::new(probabilities, count, tokens);
             let dv = &mut out[places[2].first..];
-            multiply_into(dv, places[2].row, destination, 1.0, p.t(), grad, Threads::One);
+            self.multiply(dv, places[2].row, destination, 1.0, [p.t(), grad]);
             let ds = Matrix::new(dscores, count, tokens);
             let k = Matrix::new(k, tokens, head_dim);
             let dq = &mut dq[first * head_dim..];
-            multiply_into(dq, head_dim, Destination::Overwrite, self.sizes.scale(), ds, k, Threads::One);
-            // `q` carries the scale already.
+            self.multiply(dq, head_dim, Destination::Overwrite, self.sizes.scale(), [ds, k]);
             let q = Matrix::new(&q[first * head_dim..], count, head_dim);
-            multiply_into(dk, head_dim, destination, 1.0, ds.t(), q, Threads::One);
+            self.multiply(dk, head_dim, destination, self.sizes.scale(), [ds.t(), q]);
         }
         simd::vectorized(
             #[inline(always)]

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::Sizes;
 use super::head::{Head, Place, Queries, Rotation, Scratch};
+use crate::Precision;
 
 /// Attention of some tokens to all of their image: queries in rows of their own, image after image.
 pub(in super::super) struct Selected<'a> {
@@ -17,20 +18,21 @@ pub(in super::super) struct Selected<'a> {
     /// The queries of each image, and behind the last the number of all.
     starts: Vec<usize>,
     rotation: Option<Rotation<'a>>,
+    precision: Precision,
 }
 
 impl<'a> Selected<'a> {
-    /// `rows` are the queries' places in the flattened list `[B·N]` of tokens, in ascending order.
+    /// `q [R, D]` and `kv [B, N, 2·D]`; `rows` are the queries' places in the flattened list `[B·N]` of tokens, in ascending order.
     pub(in super::super) fn new(
-        q: &'a [f32],
-        kv: &'a [f32],
+        [q, kv]: [&'a [f32]; 2],
         rows: &[usize],
         sizes: Sizes,
         rotation: Option<Rotation<'a>>,
+        precision: Precision,
     ) -> Self {
         let tokens = rows.iter().map(|row| row % sizes.tokens).collect();
         let starts = (0..=sizes.batch).map(|image| rows.partition_point(|&row| row < image * sizes.tokens)).collect();
-        Self { sizes, q, kv, tokens, starts, rotation }
+        Self { sizes, q, kv, tokens, starts, rotation, precision }
     }
 
     /// Calls `f(image, head, queries)` for every head of an image that asks; the results in this order.
@@ -52,6 +54,7 @@ impl<'a> Selected<'a> {
                 ],
                 queries: Queries::Of(&self.tokens[queries.clone()]),
                 rotation: self.rotation,
+                precision: self.precision,
             };
             f(queries.start, head, scratch)
         });
