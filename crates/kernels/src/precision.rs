@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 /// mantissa, the exponents of single precision) as they enter it, and its result as it leaves it, whereupon it is single
 /// precision again. So are the two products of its gradient, with the gradient of the result as an operand (in the last layer
 /// of a block's branch, that of the weight takes the gradient before it is multiplied by the layer scale). Sums of products
-/// are formed in single precision: in the accumulators of a GPU's matrix units, and on the CPU, where rounded operands are
-/// multiplied as single-precision numbers. The two differ by the order of the sums.
+/// are formed in single precision: in the accumulators of a GPU's matrix units, or of the CPU's where it has one (AMX), else
+/// where rounded operands are multiplied as single-precision numbers. They differ by the order of the sums.
 ///
 /// These are the products:
 /// * of linear layers: packed projections and output projection of attention, feed-forward layers, pointwise layers of a

@@ -30,6 +30,9 @@ struct Case {
     norm: HeadNorm,
     ibot_weight: f64,
     parts: usize,
+    lr: f64,
+    /// Of the weights.
+    seed: u64,
     /// How far apart the loss of a step may be, relative to it.
     loss_bound: f64,
 }
@@ -61,6 +64,8 @@ fn cases() -> [Case; 3] {
         norm: HeadNorm::None,
         ibot_weight: 1.0,
         parts: 1,
+        lr: 1e-4,
+        seed: 1,
         loss_bound: 0.002,
     };
     [
@@ -75,7 +80,11 @@ fn cases() -> [Case; 3] {
             model: ModelConfig { drop_path: DropPathKind::PerSample, ..case.model.clone() },
             centering: Centering::Softmax,
             norm: HeadNorm::WeightFixed,
-            // A loss that falls to a quarter in 50 steps on three batches: what differs grows with it.
+            // Sharpened targets around a moving center, on three batches: at twice this rate the loss runs away from rounding
+            // noise of whatever size, with some seeds to 0.14. At this one six seeds stay within 0.045, and with half of them
+            // the loss falls.
+            lr: 5e-5,
+            seed: 5,
             loss_bound: 0.05,
             ..case
         },
@@ -153,7 +162,7 @@ fn train(case: &Case, precision: Precision) -> Trained {
     };
     let losses = LossConfig { centering: case.centering, ibot_weight: case.ibot_weight, ..LossConfig::default() };
     let optim = OptimConfig::default();
-    let mut rng = stream(1, Purpose::Init, 0, 0);
+    let mut rng = stream(case.seed, Purpose::Init, 0, 0);
     let patch_head = head(12);
     let patch_head = (case.ibot_weight > 0.0).then_some(&patch_head);
     let device = Device::flex().autodiff();
@@ -171,8 +180,7 @@ fn train(case: &Case, precision: Precision) -> Trained {
         let draws = (0..case.parts).map(|_| [2, LOCALS].map(|crops| backbone.draw(crops * share, &mut rng))).collect();
         let at = Scheduled {
             step,
-            // At twice this rate the loss of the second case runs away from rounding noise, of whatever size it is.
-            lr: 1e-4,
+            lr: case.lr,
             last_layer_frozen: false,
             backbone_frozen: false,
             weight_decay: 0.04,

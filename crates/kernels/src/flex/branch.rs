@@ -111,7 +111,7 @@ impl Projection {
         let out = &mut y.storage_mut::<f32>()[from..to];
         let a = Matrix::new(a, out.len() / width.max(1), inner);
         let factors = [a, Matrix::new(&scaled, inner, width)];
-        multiply_into(out, width, Destination::Accumulate, 1.0, factors, self.precision, Threads::Pool);
+        multiply_into(out, width, Destination::Accumulate, factors, self.precision, Threads::Pool);
         y
     }
 

@@ -126,13 +126,12 @@ pub(crate) enum Threads {
     Pool,
 }
 
-/// `out = scale·a·b` or `out += scale·a·b`, where `out` is row-major with rows `row_stride` elements apart. In bfloat16 the
+/// `out = a·b` or `out += a·b`, where `out` is row-major with rows `row_stride` elements apart. In bfloat16 the
 /// operands are rounded, and the result unless it is added to others.
 pub(crate) fn multiply_into(
     out: &mut [f32],
     row_stride: usize,
     destination: Destination,
-    scale: f32,
     [a, b]: [Matrix; 2],
     precision: Precision,
     threads: Threads,
@@ -155,7 +154,7 @@ pub(crate) fn multiply_into(
     // `Matrix::strided` checked; `out` is borrowed mutably, so it overlaps neither of them.
     #[allow(unsafe_code, reason = "the `gemm` crate takes pointers; every extent is asserted above")]
     unsafe {
-        call(out.as_mut_ptr(), row_stride, destination, scale, [a, b], Unit::of(precision, a, b), threads);
+        call(out.as_mut_ptr(), row_stride, destination, [a, b], Unit::of(precision, a, b), threads);
     }
 }
 
@@ -172,7 +171,7 @@ pub(crate) fn multiply(a: Matrix, b: Matrix, precision: Precision) -> Vec<f32> {
     #[allow(unsafe_code, reason = "zeroing the result first would cost a pass over it")]
     unsafe {
         let unit = Unit::of(precision, a, b);
-        call(out.as_mut_ptr(), b.cols, Destination::Overwrite, 1.0, [a, b], unit, Threads::Pool);
+        call(out.as_mut_ptr(), b.cols, Destination::Overwrite, [a, b], unit, Threads::Pool);
         out.set_len(len);
     }
     out
@@ -226,7 +225,6 @@ unsafe fn call(
     out: *mut f32,
     row_stride: usize,
     destination: Destination,
-    scale: f32,
     [a, b]: [Matrix; 2],
     unit: Unit,
     threads: Threads,
@@ -245,7 +243,7 @@ unsafe fn call(
         unsafe {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             if unit == Unit::Amx {
-                return amx::multiply(out, row_stride, destination, scale, a, b);
+                return amx::multiply(out, row_stride, destination, a, b);
             }
             gemm::gemm(
                 a.rows,
@@ -262,7 +260,7 @@ unsafe fn call(
                 b.col_stride as isize,
                 b.row_stride as isize,
                 1.0,
-                scale,
+                1.0,
                 false,
                 false,
                 false,
@@ -348,9 +346,9 @@ mod tests {
                 // Into rows that are two elements longer than needed, which keep what they held.
                 let stride = n + 2;
                 let mut out = vec![1.0; m * stride];
-                multiply_into(&mut out, stride, Destination::Accumulate, 2.0, [a, b], Fp32, Threads::One);
+                multiply_into(&mut out, stride, Destination::Accumulate, [a, b], Fp32, Threads::One);
                 for (i, row) in out.chunks(stride).enumerate() {
-                    let wanted: Vec<f32> = expected[i * n..][..n].iter().map(|v| 1.0 + 2.0 * v).collect();
+                    let wanted: Vec<f32> = expected[i * n..][..n].iter().map(|v| 1.0 + v).collect();
                     assert_eq!(row[..n], wanted);
                     assert_eq!(row[n..], [1.0, 1.0]);
                 }
@@ -376,7 +374,7 @@ mod tests {
                     let stride = n + 3;
                     let mut out = vec![1.0; m * stride];
                     pool.install(|| {
-                        multiply_into(&mut out, stride, Destination::Accumulate, 0.5, [a, b], Fp32, Threads::Pool);
+                        multiply_into(&mut out, stride, Destination::Accumulate, [a, b], Fp32, Threads::Pool);
                     });
                     out
                 };
@@ -390,7 +388,7 @@ mod tests {
                         let at =
                             |x: &Matrix, i: usize, j: usize| f64::from(x.data[i * x.row_stride + j * x.col_stride]);
                         let naive: f64 = (0..k).map(|l| at(&a, i, l) * at(&b, l, j)).sum();
-                        assert!((f64::from(row[j]) - 1.0 - 0.5 * naive).abs() < 1e-5 * f64::from(scale), "{i} {j}");
+                        assert!((f64::from(row[j]) - 1.0 - naive).abs() < 1e-5 * f64::from(scale), "{i} {j}");
                         assert!((f64::from(whole[i * n + j]) - naive).abs() < 1e-5 * f64::from(scale), "{i} {j}");
                     }
                 }
@@ -413,7 +411,7 @@ mod tests {
         // SAFETY: the rows lie in `out`, and the unit is one that this processor has.
         #[allow(unsafe_code, reason = "the unit is chosen here")]
         unsafe {
-            call(out.as_mut_ptr(), stride, destination, 0.5, factors, unit, Threads::Pool);
+            call(out.as_mut_ptr(), stride, destination, factors, unit, Threads::Pool);
         }
     }
 
@@ -442,7 +440,7 @@ mod tests {
                     for (i, (over, onto)) in over.chunks(stride).zip(onto.chunks(stride)).enumerate() {
                         assert_eq!([&over[n..], &onto[n..]], [[1.0; 3]; 2], "{unit:?} {m}x{k}x{n}: what lies beside");
                         for j in 0..n {
-                            let terms = (0..k).map(|l| 0.5 * at(&a, i, l) * at(&b, l, j));
+                            let terms = (0..k).map(|l| at(&a, i, l) * at(&b, l, j));
                             let (exact, size) = terms.fold((0.0, 1.0), |(sum, size), t| (sum + t, size + t.abs()));
                             let summed = 1e-6 * size;
                             // Half the distance of two numbers of bfloat16.
@@ -473,7 +471,7 @@ mod tests {
                 let expected: fn(f32) -> bool = match i {
                     3 => f32::is_nan,
                     5 => |v| v == f32::INFINITY,
-                    _ => |v| v == 20.0,
+                    _ => |v| v == 40.0,
                 };
                 assert!(row.iter().all(|v| expected(*v)), "{unit:?}, row {i}: {row:?}");
             }
@@ -523,9 +521,9 @@ mod tests {
         let (a, b) = (Matrix::new(&[], 2, 0), Matrix::new(&[], 0, 3));
         assert_eq!(multiply(a, b, Fp32), vec![0.0; 6]);
         let mut out = vec![4.0; 6];
-        multiply_into(&mut out, 3, Destination::Accumulate, 1.0, [a, b], Fp32, Threads::One);
+        multiply_into(&mut out, 3, Destination::Accumulate, [a, b], Fp32, Threads::One);
         assert_eq!(out, vec![4.0; 6]);
-        multiply_into(&mut out, 3, Destination::Overwrite, 1.0, [a, b], Fp32, Threads::One);
+        multiply_into(&mut out, 3, Destination::Overwrite, [a, b], Fp32, Threads::One);
         assert_eq!(out, vec![0.0; 6]);
     }
 
@@ -540,6 +538,6 @@ mod tests {
     fn destination_that_is_too_small_panics() {
         let data = [0.0; 6];
         let (a, b) = (Matrix::new(&data, 2, 3), Matrix::new(&data, 3, 2));
-        multiply_into(&mut [0.0; 5], 4, Destination::Overwrite, 1.0, [a, b], Fp32, Threads::One);
+        multiply_into(&mut [0.0; 5], 4, Destination::Overwrite, [a, b], Fp32, Threads::One);
     }
 }

@@ -51,7 +51,7 @@ impl FlexPrototypes for Flex {
                 || {
                     let expected = simd::dot(row, target) * inverse;
                     let peak = simd::max(row);
-                    let total = simd::scaled_exp_and_sum(row, peak, inverse);
+                    let total = simd::exp_and_sum(row, peak, inverse);
                     loss[0] = ((peak * inverse + total.ln()) * mass - expected) * weight;
                     let (of_student, of_target) = (weight * mass * inverse / total, weight * inverse);
                     for (value, target) in row.iter_mut().zip(target) {
@@ -72,7 +72,7 @@ impl FlexPrototypes for Flex {
                 #[inline(always)]
                 || {
                     let highest = simd::max(row);
-                    simd::scaled_exp_and_sum(row, highest, inverse);
+                    simd::exp_and_sum(row, highest, inverse);
                     peak[0] = highest * inverse;
                 },
             );

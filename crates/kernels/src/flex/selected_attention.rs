@@ -168,7 +168,7 @@ impl SelectedAttention {
         let mut dweight = vec![0.0; 3 * width * width];
         let (of_q, of_kv) = dweight.split_at_mut(width * width);
         let into = |out: &mut [f32], a, b| {
-            multiply_into(out, width, Destination::Overwrite, 1.0, [a, b], self.precision, Threads::Pool);
+            multiply_into(out, width, Destination::Overwrite, [a, b], self.precision, Threads::Pool);
         };
         into(of_q, dq_rows.t(), Matrix::new(&selected, rows, width));
         into(of_kv, dkv_rows.t(), Matrix::new(&normalized, count, width));

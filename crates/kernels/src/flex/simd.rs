@@ -183,18 +183,9 @@ pub(super) fn max(x: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &v| if v > max { v } else { max })
 }
 
-/// Replaces each `xᵢ` by `e^(xᵢ − shift)` and returns their sum.
-#[inline(always)]
-pub(super) fn exp_and_sum(x: &mut [f32], shift: f32) -> f32 {
-    for v in x.iter_mut() {
-        *v = exp(*v - shift);
-    }
-    sum(x)
-}
-
 /// Replaces each `xᵢ` by `e^((xᵢ − shift)·scale)` and returns their sum.
 #[inline(always)]
-pub(super) fn scaled_exp_and_sum(x: &mut [f32], shift: f32, scale: f32) -> f32 {
+pub(super) fn exp_and_sum(x: &mut [f32], shift: f32, scale: f32) -> f32 {
     for v in x.iter_mut() {
         *v = exp((*v - shift) * scale);
     }

@@ -92,8 +92,8 @@ impl<'a> Head<'a> {
         Matrix::strided(&self.data[2][self.places[2].first..], tokens, head_dim, self.places[2].row)
     }
 
-    fn multiply(&self, out: &mut [f32], row_stride: usize, destination: Destination, scale: f32, factors: [Matrix; 2]) {
-        multiply_into(out, row_stride, destination, scale, factors, self.precision, Threads::One);
+    fn multiply(&self, out: &mut [f32], row_stride: usize, destination: Destination, factors: [Matrix; 2]) {
+        multiply_into(out, row_stride, destination, factors, self.precision, Threads::One);
     }
 
     /// The exponentials of the scores of `count` query rows from `first`, shifted by the largest of each row, and one over
@@ -105,12 +105,13 @@ impl<'a> Head<'a> {
         inverse_sums.resize(count, 0.0);
         let q = Matrix::new(&q[first * head_dim..], count, head_dim);
         let k = Matrix::new(k, tokens, head_dim);
-        self.multiply(probabilities, tokens, Destination::Overwrite, self.sizes.scale(), [q, k.t()]);
+        self.multiply(probabilities, tokens, Destination::Overwrite, [q, k.t()]);
+        let scale = self.sizes.scale();
         simd::vectorized(
             #[inline(always)]
             || {
                 for (row, inverse) in probabilities.chunks_exact_mut(tokens).zip(inverse_sums.iter_mut()) {
-                    *inverse = 1.0 / simd::exp_and_sum(row, simd::max(row));
+                    *inverse = 1.0 / simd::exp_and_sum(row, simd::max(row), scale);
                 }
             },
         );
@@ -124,17 +125,27 @@ impl<'a> Head<'a> {
             let count = self.sizes.block().min(self.count() - first);
             self.exponentials(first, count, scratch);
             let rows = &mut out[place.start(first)..];
-            let exponentials = Matrix::new(&scratch.probabilities, count, tokens);
-            self.multiply(rows, place.row, Destination::Overwrite, 1.0, [exponentials, self.v()]);
-            // The rows of the result are shorter than those of the probabilities: they are the ones to normalise.
-            simd::vectorized(
-                #[inline(always)]
-                || {
-                    for (row, inverse) in rows.chunks_mut(place.row).zip(&scratch.inverse_sums) {
-                        simd::scale(&mut row[..head_dim], *inverse);
-                    }
-                },
-            );
+            let Scratch { probabilities, inverse_sums, .. } = &mut *scratch;
+            let normalize = |rows: &mut [f32], stride: usize, len: usize| {
+                simd::vectorized(
+                    #[inline(always)]
+                    || {
+                        for (row, inverse) in rows.chunks_mut(stride).zip(inverse_sums.iter()) {
+                            simd::scale(&mut row[..len], *inverse);
+                        }
+                    },
+                );
+            };
+            // The rows of the result are shorter than those of the probabilities, but these are what is rounded.
+            let rounds = self.precision == Precision::Bf16;
+            if rounds {
+                normalize(probabilities, tokens, tokens);
+            }
+            let p = Matrix::new(probabilities, count, tokens);
+            self.multiply(rows, place.row, Destination::Overwrite, [p, self.v()]);
+            if !rounds {
+                normalize(rows, place.row, head_dim);
+            }
         }
     }
 
@@ -153,13 +164,15 @@ impl<'a> Head<'a> {
         scratch.dk.resize(tokens * head_dim, 0.0);
         for first in (0..self.count()).step_by(self.sizes.block()) {
             let count = self.sizes.block().min(self.count() - first);
+            // In bfloat16 what the first block makes of keys and values is rounded, and what the others add to it is not.
             let destination = if first == 0 { Destination::Overwrite } else { Destination::Accumulate };
             self.exponentials(first, count, scratch);
             let Scratch { q, k, probabilities, dscores, dq, dk, inverse_sums } = scratch;
             dscores.resize(count * tokens, 0.0);
 
             let grad = Matrix::strided(&grad[place.start(first)..], count, head_dim, place.row);
-            self.multiply(dscores, tokens, Destination::Overwrite, 1.0, [grad, self.v().t()]);
+            self.multiply(dscores, tokens, Destination::Overwrite, [grad, self.v().t()]);
+            let scale = self.sizes.scale();
             simd::vectorized(
                 #[inline(always)]
                 || {
@@ -168,7 +181,7 @@ impl<'a> Head<'a> {
                         let mean = simd::dot(p, ds) * inverse;
                         for (p, ds) in p.iter_mut().zip(ds) {
                             *p *= inverse;
-                            *ds = *p * (*ds - mean);
+                            *ds = *p * (*ds - mean) * scale;
                         }
                     }
                 },
@@ -176,13 +189,13 @@ impl<'a> Head<'a> {
 
             let p = Matrix::new(probabilities, count, tokens);
             let dv = &mut out[places[2].first..];
-            self.multiply(dv, places[2].row, destination, 1.0, [p.t(), grad]);
+            self.multiply(dv, places[2].row, destination, [p.t(), grad]);
             let ds = Matrix::new(dscores, count, tokens);
             let k = Matrix::new(k, tokens, head_dim);
             let dq = &mut dq[first * head_dim..];
-            self.multiply(dq, head_dim, Destination::Overwrite, self.sizes.scale(), [ds, k]);
+            self.multiply(dq, head_dim, Destination::Overwrite, [ds, k]);
             let q = Matrix::new(&q[first * head_dim..], count, head_dim);
-            self.multiply(dk, head_dim, destination, self.sizes.scale(), [ds.t(), q]);
+            self.multiply(dk, head_dim, destination, [ds.t(), q]);
         }
         simd::vectorized(
             #[inline(always)]

@@ -11,6 +11,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::{Destination, Matrix};
@@ -29,7 +30,7 @@ const PACKED_COLUMNS: usize = 1024;
 
 /// Strips of the left operand that are packed at a time, and that meet each strip of the right one while it lies in the
 /// cache.
-const PACKED_STRIPS: usize = 4;
+const PACKED_STRIPS: usize = 16;
 
 /// Rows, inner and columns from which on the unit is faster than vectors: below, most of a strip would be padding.
 pub(super) const LEAST: usize = 16;
@@ -93,19 +94,12 @@ thread_local! {
     static PACKED: RefCell<Packed> = RefCell::default();
 }
 
-/// `out = scale·a·b`, rounded to bfloat16, or `out += scale·a·b`, not rounded, on the calling thread.
+/// `out = a·b`, rounded to bfloat16, or `out += a·b`, not rounded, on the calling thread.
 ///
 /// # Safety
 /// `out` points to `a.rows` non-overlapping rows of `b.cols` elements, `row_stride` apart, which nothing else aliases; and the
 /// unit is [`available`].
-pub(super) unsafe fn multiply(
-    out: *mut f32,
-    row_stride: usize,
-    destination: Destination,
-    scale: f32,
-    a: Matrix,
-    b: Matrix,
-) {
+pub(super) unsafe fn multiply(out: *mut f32, row_stride: usize, destination: Destination, a: Matrix, b: Matrix) {
     let (rows, cols, inner) = (a.rows, b.cols, a.cols);
     assert_eq!(inner, b.rows, "product: the inner dimensions differ");
     // Pieces of equal depth, which do not depend on how the result was cut into tiles: nor do its bits.
@@ -133,16 +127,11 @@ pub(super) unsafe fn multiply(
                     let write = Write {
                         add: destination == Destination::Accumulate || first > 0,
                         round: destination == Destination::Overwrite && steps.end == inner,
-                        scale,
                     };
-                    for (strip, col) in right.chunks_exact_mut(blocks).zip(cols.clone().step_by(STRIP)) {
-                        pack(strip, b, col..cols.end.min(col + STRIP), steps.clone(), Side::Right);
-                    }
+                    pack(right, blocks, b, &cols, &steps, Side::Right);
                     for group in (0..rows).step_by(PACKED_STRIPS * STRIP) {
                         let group = group..rows.min(group + PACKED_STRIPS * STRIP);
-                        for (strip, row) in left.chunks_exact_mut(blocks).zip(group.clone().step_by(STRIP)) {
-                            pack(strip, a, row..group.end.min(row + STRIP), steps.clone(), Side::Left);
-                        }
+                        pack(left, blocks, a, &group, &steps, Side::Left);
                         for (right, col) in right.chunks_exact(blocks).zip(cols.clone().step_by(STRIP)) {
                             for (left, row) in left.chunks_exact(blocks).zip(group.clone().step_by(STRIP)) {
                                 strips(&mut sums, &left[..used], &right[..used]);
@@ -240,7 +229,6 @@ struct Write {
     add: bool,
     /// What comes out, to bfloat16.
     round: bool,
-    scale: f32,
 }
 
 impl Write {
@@ -250,7 +238,6 @@ impl Write {
     /// `out` points to as many rows and columns, `row_stride` apart, which nothing else aliases.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn to(self, out: *mut f32, row_stride: usize, sums: &Sums, (rows, cols): (usize, usize)) {
-        let scale = _mm512_set1_ps(self.scale);
         for (i, row) in sums.0.chunks_exact(STRIP).take(rows).enumerate() {
             for (j, sums) in row.chunks_exact(16).enumerate().take(cols.div_ceil(16)) {
                 let mask = lanes(cols - 16 * j);
@@ -259,8 +246,8 @@ impl Write {
                     let out = out.add(i * row_stride + 16 * j);
                     let sums = _mm512_loadu_ps(sums.as_ptr());
                     let value = match self.add {
-                        true => _mm512_fmadd_ps(sums, scale, _mm512_maskz_loadu_ps(mask, out)),
-                        false => _mm512_mul_ps(sums, scale),
+                        true => _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, out)),
+                        false => sums,
                     };
                     let value = if self.round { _mm512_cvtpbh_ps(_mm512_cvtneps_pbh(value)) } else { value };
                     _mm512_mask_storeu_ps(out, mask, value);
@@ -275,88 +262,78 @@ fn lanes(count: usize) -> __mmask16 {
     if count >= 16 { !0 } else { (1 << count) - 1 }
 }
 
-/// Packs the `steps` of a strip of `rows` of a matrix, one block after the other; what the strip lacks becomes zero.
+/// Packs the `steps` of `rows` of a matrix, strip by strip, `blocks` of each; what the last strip or block lacks becomes zero.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn pack(strip: &mut [Block], matrix: Matrix, rows: std::ops::Range<usize>, steps: std::ops::Range<usize>, side: Side) {
-    // Whether the numbers of a row lie side by side, or those of a column do.
+fn pack(strips: &mut [Block], blocks: usize, matrix: Matrix, rows: &Range<usize>, steps: &Range<usize>, side: Side) {
+    // Whether the numbers of a row lie side by side, or those of a step do.
     let along_rows = matrix.col_stride == 1;
-    for (block, first) in strip.iter_mut().zip(steps.clone().step_by(DEPTH)) {
-        for (half, row) in block.0.iter_mut().zip([rows.start, rows.start + 16]) {
-            let square = |first: usize| {
-                let (height, width) = (rows.end.saturating_sub(row).min(16), steps.end.saturating_sub(first).min(16));
-                let start = row * matrix.row_stride + first * matrix.col_stride;
-                match (height.min(width), along_rows) {
-                    (0, _) => [_mm512_setzero_ps(); 16],
-                    (_, true) => load(&matrix.data[start..], matrix.row_stride, height, width),
-                    (_, false) => load(&matrix.data[start..], matrix.col_stride, width, height),
+    let source = Source { matrix, rows, steps };
+    for block in 0..steps.len().div_ceil(DEPTH) {
+        for row in (0..rows.len().next_multiple_of(STRIP)).step_by(16) {
+            let register = &mut strips[row / STRIP * blocks + block].0[row % STRIP / 16];
+            let step = DEPTH * block;
+            match (along_rows, side) {
+                (true, Side::Left) => (0..16).for_each(|i| register.store(i, source.of_row(row + i, step))),
+                (false, Side::Right) => (0..16).for_each(|i| register.store(i, source.of_pair(row, step + 2 * i))),
+                (true, Side::Right) => register.store_turned(std::array::from_fn(|i| source.of_row(row + i, step))),
+                (false, Side::Left) => {
+                    register.store_turned(std::array::from_fn(|i| source.of_pair(row, step + 2 * i)))
                 }
-            };
-            let (mut x, mut y) = (square(first), square(first + 16));
-            if along_rows != (side == Side::Left) {
-                (x, y) = (transposed(x), transposed(y));
-            }
-            match side {
-                Side::Left => rows_side_by_side(half, &x, &y),
-                Side::Right => pairs_of_rows(half, &x, &y),
             }
         }
     }
 }
 
-/// Up to 16 rows, `stride` apart, of up to 16 numbers that lie side by side, and zeros for the rest.
+/// The part of a matrix that is packed.
+struct Source<'a> {
+    matrix: Matrix<'a>,
+    rows: &'a Range<usize>,
+    steps: &'a Range<usize>,
+}
+
+/// How many rows further along a step what is read soon begins to be fetched: two strips. The processor alone does not see so
+/// many lines going on side by side.
+const AHEAD: usize = 2 * STRIP;
+
+impl Source<'_> {
+    /// 32 steps of a row, which lie side by side.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    fn of_row(&self, row: usize, step: usize) -> __m512i {
+        let left = if row < self.rows.len() { self.steps.len() - step } else { 0 };
+        let start = (self.rows.start + row) * self.matrix.row_stride + self.steps.start + step;
+        let [first, last] = [0, 16].map(|i| numbers(self.matrix.data, start + i, left.saturating_sub(i)));
+        rounded(first, last)
+    }
+
+    /// Two steps of 16 rows, which lie side by side: one of each row after the other.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    fn of_pair(&self, row: usize, step: usize) -> __m512i {
+        let rows = self.rows.len().saturating_sub(row);
+        let [first, second] = [step, step + 1].map(|step| {
+            let start = self.rows.start + row + (self.steps.start + step) * self.matrix.col_stride;
+            // A hint, for which the place need not exist.
+            _mm_prefetch::<_MM_HINT_T0>(self.matrix.data.as_ptr().wrapping_add(start + AHEAD).cast());
+            numbers(self.matrix.data, start, if step < self.steps.len() { rows } else { 0 })
+        });
+        alternating(rounded(first, second))
+    }
+}
+
+/// So many numbers from a place on, at most 16, and zeros for the rest.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn load(data: &[f32], stride: usize, rows: usize, cols: usize) -> [__m512; 16] {
-    let mut loaded = [_mm512_setzero_ps(); 16];
-    if rows == 16 && cols == 16 {
-        for (i, row) in loaded.iter_mut().enumerate() {
-            // SAFETY: reads 16 numbers, which the slice has.
-            *row = unsafe { _mm512_loadu_ps(data[i * stride..][..16].as_ptr()) };
-        }
+fn numbers(data: &[f32], start: usize, count: usize) -> __m512 {
+    if count >= 16 {
+        // SAFETY: reads 16 numbers, which the slice has.
+        unsafe { _mm512_loadu_ps(data[start..][..16].as_ptr()) }
+    } else if count > 0 {
+        // SAFETY: reads `count` numbers, which the slice has.
+        unsafe { _mm512_maskz_loadu_ps(lanes(count), data[start..][..count].as_ptr()) }
     } else {
-        for (i, row) in loaded.iter_mut().take(rows).enumerate() {
-            // SAFETY: reads `cols` numbers, which the slice has.
-            *row = unsafe { _mm512_maskz_loadu_ps(lanes(cols), data[i * stride..][..cols].as_ptr()) };
-        }
+        _mm512_setzero_ps()
     }
-    loaded
-}
-
-/// Rows of the left operand: the numbers of `x`, then those of `y`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn rows_side_by_side(half: &mut Register, x: &[__m512; 16], y: &[__m512; 16]) {
-    for (i, (&x, &y)) in x.iter().zip(y).enumerate() {
-        store(half, i, rounded(x, y));
-    }
-}
-
-/// Steps of the right operand, two and two: those of `x`, then those of `y`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn pairs_of_rows(half: &mut Register, x: &[__m512; 16], y: &[__m512; 16]) {
-    // One of the first 16, one of the last 16, and so on.
-    const ALTERNATE: [u16; 32] = {
-        let mut places = [0; 32];
-        let mut i = 0;
-        while i < 32 {
-            places[i as usize] = i / 2 + 16 * (i % 2);
-            i += 1;
-        }
-        places
-    };
-    // SAFETY: reads the 64 bytes.
-    let alternate = unsafe { _mm512_loadu_si512(ALTERNATE.as_ptr().cast()) };
-    for (i, pair) in x.chunks_exact(2).chain(y.chunks_exact(2)).enumerate() {
-        store(half, i, _mm512_permutexvar_epi16(alternate, rounded(pair[0], pair[1])));
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn store(register: &mut Register, row: usize, numbers: __m512i) {
-    // SAFETY: writes 64 bytes, which the slice has; registers are aligned to as many.
-    unsafe { _mm512_store_si512(register.0[32 * row..][..32].as_mut_ptr().cast(), numbers) };
 }
 
 /// 32 numbers, those of `x` first.
@@ -367,37 +344,61 @@ fn rounded(x: __m512, y: __m512) -> __m512i {
     unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x)) }
 }
 
-/// The transpose of a square of 16 × 16 numbers.
+/// One of the first 16, one of the last 16, and so on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn transposed(mut rows: [__m512; 16]) -> [__m512; 16] {
-    let pairs = |x: __m512| _mm512_castps_pd(x);
-    let singles = |x: __m512d| _mm512_castpd_ps(x);
-    let mut t = [_mm512_setzero_ps(); 16];
-    // Squares of 2, then of 4, inside the quarters of the vectors.
-    for i in 0..8 {
-        t[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+fn alternating(numbers: __m512i) -> __m512i {
+    const PLACES: [u16; 32] = {
+        let mut places = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            places[i as usize] = i / 2 + 16 * (i % 2);
+            i += 1;
+        }
+        places
+    };
+    // SAFETY: reads the 64 bytes.
+    let places = unsafe { _mm512_loadu_si512(PLACES.as_ptr().cast()) };
+    _mm512_permutexvar_epi16(places, numbers)
+}
+
+impl Register {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    fn store(&mut self, row: usize, numbers: __m512i) {
+        // SAFETY: writes 64 bytes, which the slice has; registers are aligned to as many.
+        unsafe { _mm512_store_si512(self.0[32 * row..][..32].as_mut_ptr().cast(), numbers) };
     }
-    for i in (0..16).step_by(4) {
-        let [a, b, c, d] = [t[i], t[i + 1], t[i + 2], t[i + 3]].map(pairs);
-        rows[i] = singles(_mm512_unpacklo_pd(a, c));
-        rows[i + 1] = singles(_mm512_unpackhi_pd(a, c));
-        rows[i + 2] = singles(_mm512_unpacklo_pd(b, d));
-        rows[i + 3] = singles(_mm512_unpackhi_pd(b, d));
+
+    /// Stores the transpose of 16 × 16 pairs of numbers, given by rows.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    fn store_turned(&mut self, mut rows: [__m512i; 16]) {
+        let mut t = [_mm512_setzero_si512(); 16];
+        // Squares of 2, then of 4, inside the quarters of the vectors.
+        for i in 0..8 {
+            t[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+        }
+        for i in 0..4 {
+            let [a, b, c, d] = [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]];
+            rows[4 * i] = _mm512_unpacklo_epi64(a, c);
+            rows[4 * i + 1] = _mm512_unpackhi_epi64(a, c);
+            rows[4 * i + 2] = _mm512_unpacklo_epi64(b, d);
+            rows[4 * i + 3] = _mm512_unpackhi_epi64(b, d);
+        }
+        // Then the quarters themselves.
+        for i in 0..4 {
+            t[i] = _mm512_shuffle_i32x4::<0x88>(rows[i], rows[i + 4]);
+            t[i + 4] = _mm512_shuffle_i32x4::<0xdd>(rows[i], rows[i + 4]);
+            t[i + 8] = _mm512_shuffle_i32x4::<0x88>(rows[i + 8], rows[i + 12]);
+            t[i + 12] = _mm512_shuffle_i32x4::<0xdd>(rows[i + 8], rows[i + 12]);
+        }
+        for i in 0..4 {
+            self.store(i, _mm512_shuffle_i32x4::<0x88>(t[i], t[i + 8]));
+            self.store(i + 4, _mm512_shuffle_i32x4::<0x88>(t[i + 4], t[i + 12]));
+            self.store(i + 8, _mm512_shuffle_i32x4::<0xdd>(t[i], t[i + 8]));
+            self.store(i + 12, _mm512_shuffle_i32x4::<0xdd>(t[i + 4], t[i + 12]));
+        }
     }
-    // Then the quarters themselves.
-    for i in 0..4 {
-        t[i] = _mm512_shuffle_f32x4::<0x88>(rows[i], rows[i + 4]);
-        t[i + 4] = _mm512_shuffle_f32x4::<0xdd>(rows[i], rows[i + 4]);
-        t[i + 8] = _mm512_shuffle_f32x4::<0x88>(rows[i + 8], rows[i + 12]);
-        t[i + 12] = _mm512_shuffle_f32x4::<0xdd>(rows[i + 8], rows[i + 12]);
-    }
-    for i in 0..4 {
-        rows[i] = _mm512_shuffle_f32x4::<0x88>(t[i], t[i + 8]);
-        rows[i + 4] = _mm512_shuffle_f32x4::<0x88>(t[i + 4], t[i + 12]);
-        rows[i + 8] = _mm512_shuffle_f32x4::<0xdd>(t[i], t[i + 8]);
-        rows[i + 12] = _mm512_shuffle_f32x4::<0xdd>(t[i + 4], t[i + 12]);
-    }
-    rows
 }
