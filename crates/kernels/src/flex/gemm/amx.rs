@@ -28,8 +28,8 @@ const PACKED_DEPTH: usize = 1024;
 /// Columns of the right operand that are packed at a time.
 const PACKED_COLUMNS: usize = 1024;
 
-/// Strips of the left operand that are packed at a time, and that meet each strip of the right one while it lies in the
-/// cache.
+/// Strips of the left operand that are packed at a time. Each meets all of the right one, so that the result is written row by
+/// row.
 const PACKED_STRIPS: usize = 16;
 
 /// Rows, inner and columns from which on the unit is faster than vectors: below, most of a strip would be padding.
@@ -132,8 +132,8 @@ pub(super) unsafe fn multiply(out: *mut f32, row_stride: usize, destination: Des
                     for group in (0..rows).step_by(PACKED_STRIPS * STRIP) {
                         let group = group..rows.min(group + PACKED_STRIPS * STRIP);
                         pack(left, blocks, a, &group, &steps, Side::Left);
-                        for (right, col) in right.chunks_exact(blocks).zip(cols.clone().step_by(STRIP)) {
-                            for (left, row) in left.chunks_exact(blocks).zip(group.clone().step_by(STRIP)) {
+                        for (left, row) in left.chunks_exact(blocks).zip(group.clone().step_by(STRIP)) {
+                            for (right, col) in right.chunks_exact(blocks).zip(cols.clone().step_by(STRIP)) {
                                 strips(&mut sums, &left[..used], &right[..used]);
                                 let size = (STRIP.min(group.end - row), STRIP.min(cols.end - col));
                                 write.to(out.add(row * row_stride + col), row_stride, &sums, size);
@@ -268,18 +268,17 @@ fn pack(strips: &mut [Block], blocks: usize, matrix: Matrix, rows: &Range<usize>
     // Whether the numbers of a row lie side by side, or those of a step do.
     let along_rows = matrix.col_stride == 1;
     let source = Source { matrix, rows, steps };
-    for block in 0..steps.len().div_ceil(DEPTH) {
-        for row in (0..rows.len().next_multiple_of(STRIP)).step_by(16) {
-            let register = &mut strips[row / STRIP * blocks + block].0[row % STRIP / 16];
-            let step = DEPTH * block;
-            match (along_rows, side) {
-                (true, Side::Left) => (0..16).for_each(|i| register.store(i, source.of_row(row + i, step))),
-                (false, Side::Right) => (0..16).for_each(|i| register.store(i, source.of_pair(row, step + 2 * i))),
-                (true, Side::Right) => register.store_turned(std::array::from_fn(|i| source.of_row(row + i, step))),
-                (false, Side::Left) => {
-                    register.store_turned(std::array::from_fn(|i| source.of_pair(row, step + 2 * i)))
-                }
-            }
+    let (halves, used) = (2 * rows.len().div_ceil(STRIP), steps.len().div_ceil(DEPTH));
+    for i in 0..halves * used {
+        // In the order in which few lines of the matrix go on side by side.
+        let (half, block) = if along_rows { (i / used, i % used) } else { (i % halves, i / halves) };
+        let (row, step) = (16 * half, DEPTH * block);
+        let register = &mut strips[half / 2 * blocks + block].0[half % 2];
+        match (along_rows, side) {
+            (true, Side::Left) => (0..16).for_each(|i| register.store(i, source.of_row(row + i, step))),
+            (false, Side::Right) => (0..16).for_each(|i| register.store(i, source.of_pair(row, step + 2 * i))),
+            (true, Side::Right) => register.store_turned(std::array::from_fn(|i| source.of_row(row + i, step))),
+            (false, Side::Left) => register.store_turned(std::array::from_fn(|i| source.of_pair(row, step + 2 * i))),
         }
     }
 }
@@ -302,8 +301,8 @@ impl Source<'_> {
     fn of_row(&self, row: usize, step: usize) -> __m512i {
         let left = if row < self.rows.len() { self.steps.len() - step } else { 0 };
         let start = (self.rows.start + row) * self.matrix.row_stride + self.steps.start + step;
-        let [first, last] = [0, 16].map(|i| numbers(self.matrix.data, start + i, left.saturating_sub(i)));
-        rounded(first, last)
+        let first = numbers(self.matrix.data, start, left);
+        rounded(first, numbers(self.matrix.data, start + 16, left.saturating_sub(16)))
     }
 
     /// Two steps of 16 rows, which lie side by side: one of each row after the other.
@@ -311,12 +310,14 @@ impl Source<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     fn of_pair(&self, row: usize, step: usize) -> __m512i {
         let rows = self.rows.len().saturating_sub(row);
-        let [first, second] = [step, step + 1].map(|step| {
-            let start = self.rows.start + row + (self.steps.start + step) * self.matrix.col_stride;
-            // A hint, for which the place need not exist.
-            _mm_prefetch::<_MM_HINT_T0>(self.matrix.data.as_ptr().wrapping_add(start + AHEAD).cast());
-            numbers(self.matrix.data, start, if step < self.steps.len() { rows } else { 0 })
-        });
+        let start = self.rows.start + row + (self.steps.start + step) * self.matrix.col_stride;
+        let next = start + self.matrix.col_stride;
+        // Hints, for which the places need not exist.
+        let ahead = |start: usize| self.matrix.data.as_ptr().wrapping_add(start + AHEAD).cast();
+        _mm_prefetch::<_MM_HINT_T0>(ahead(start));
+        _mm_prefetch::<_MM_HINT_T0>(ahead(next));
+        let first = numbers(self.matrix.data, start, if step < self.steps.len() { rows } else { 0 });
+        let second = numbers(self.matrix.data, next, if step + 1 < self.steps.len() { rows } else { 0 });
         alternating(rounded(first, second))
     }
 }
