@@ -55,8 +55,9 @@ pub struct TrainConfig {
     pub seed: u64,
     /// In what matrix products are computed, in student and teachers: `"fp32"`, or `"bf16"`, which rounds their operands
     /// and results to bfloat16; weights, sums, losses and the optimizer stay in single precision. Slow or out of memory on
-    /// a GPU: `"bf16"`. On the CPU it is slower, and only good for trying out what it does to a run. It is no part of
-    /// `[efficiency]` because it changes results by more than the order of sums.
+    /// a GPU, or a CPU with matrix units (AMX: Intel's Xeon from 2023 on): `"bf16"`. On other CPUs it gains nothing, and is
+    /// good for trying out what it does to a run. It is no part of `[efficiency]` because it changes results by more than the
+    /// order of sums.
     pub precision: Precision,
     /// A head of their own for patch tokens (DINOv3, long recipes of DINOv2), configured by `[ibot_head]`.
     pub separate_ibot_head: bool,
