@@ -98,7 +98,7 @@ impl AttentionBranch {
             let half = (keeps && self.precision == Precision::Bf16).then(|| halved(&unbiased));
             let qkv = self.with_bias(unbiased, &bias);
             let heads = self.heads(&qkv, &x, &tables);
-            (heads, half.map(Stored::Half).or_else(|| keeps.then(|| Stored::Single(qkv))))
+            (heads, half.map(Stored::Half).or_else(|| keeps.then_some(Stored::Single(qkv))))
         };
         if !keep {
             return (projection.forward(x, &heads, width), None);
