@@ -1,4 +1,5 @@
-//! In what precision matrix products are computed. All casts of the workspace's tensors are in this file.
+//! In what precision matrix products are computed. All casts of the workspace's tensors are in this file; the CPU's fused
+//! operations round inside their products.
 
 use burn::tensor::{DType, FloatDType, Tensor};
 use serde::{Deserialize, Serialize};

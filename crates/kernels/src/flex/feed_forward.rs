@@ -59,6 +59,8 @@ impl Branch<8> for FeedForward {
             gelu(rows);
         };
         let block = ROW_BLOCK * inner.max(1);
+        // What is kept is the hidden layer itself, and its GELU a copy of it; or a copy of half the size, lossless since the
+        // product rounded it, and the GELU takes its memory.
         let (activated, hidden) = match self.precision {
             Precision::Fp32 if keep && !self.recompute => {
                 (copied(&hidden, block, |_, rows| activate(rows)), Some(Stored::Single(hidden)))
