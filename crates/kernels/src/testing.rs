@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::Precision;
+use crate::{Branch, Normalization, Precision, Projection, RopeTable};
 
 /// Numbers in [−1, 1) that depend on the seed only.
 pub(crate) fn numbers(len: usize, seed: u64) -> Vec<f32> {
@@ -73,6 +73,44 @@ impl Inputs {
     pub(crate) fn cube(&self, i: usize) -> Tensor<3> {
         self.shaped(i)
     }
+}
+
+/// The shapes of a branch's inputs: `x`; the norm's weight and bias; weights and bias of the first layer, of the last; the layer
+/// scale.
+pub(crate) fn branch_shapes(x: &[usize], first: usize, inner: usize) -> Vec<Vec<usize>> {
+    let width = *x.last().expect("a shape");
+    let (weight, w_out) = (vec![first, width], vec![width, inner]);
+    vec![x.to_vec(), vec![width], vec![width], weight, vec![first], w_out, vec![width], vec![width]]
+}
+
+/// Of an attention branch; the last two inputs are the tables of a rotation, which nobody tracks.
+pub(crate) fn attention_case([batch, tokens, heads, head_dim]: [usize; 4], tracked: [bool; 8]) -> Case {
+    let width = heads * head_dim;
+    let mut shapes = branch_shapes(&[batch, tokens, width], 3 * width, width);
+    shapes.extend([vec![tokens, head_dim], vec![tokens, head_dim]]);
+    Case { shapes, tracked: tracked.into_iter().chain([false; 2]).collect(), scale: 1.0 }
+}
+
+/// Of a feed-forward branch.
+pub(crate) fn feed_forward_case([rows, width, inner]: [usize; 3], tracked: [bool; 8]) -> Case {
+    Case { shapes: branch_shapes(&[rows, width], inner, inner), tracked: tracked.to_vec(), scale: 1.0 }
+}
+
+/// The branch of such inputs, with biases and layer scale or without.
+pub(crate) fn branch(t: &Inputs, bias: bool, gamma: bool, precision: Precision) -> Branch {
+    Branch {
+        norm: Normalization { weight: t.vector(1), bias: t.vector(2), eps: 1e-5 },
+        first: Projection { weight: t.matrix(3), bias: bias.then(|| t.vector(4)) },
+        last: Projection { weight: t.matrix(5), bias: bias.then(|| t.vector(6)) },
+        gamma: gamma.then(|| t.vector(7)),
+        precision,
+        recompute: false,
+    }
+}
+
+/// The rotation of an [`attention_case`].
+pub(crate) fn rope(t: &Inputs) -> RopeTable {
+    RopeTable { cos: t.matrix(8), sin: t.matrix(9) }
 }
 
 /// The value, and the gradient of each tracked input for a fixed gradient of the value.

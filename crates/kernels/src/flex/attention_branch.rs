@@ -182,8 +182,8 @@ mod tests {
     use burn::tensor::Tensor;
 
     use crate::Precision::Fp32;
-    use crate::testing::{Case, Inputs, assert_same, run};
-    use crate::{Branch, Normalization, Projection, RopeTable, attention, composed};
+    use crate::testing::{Inputs, assert_same, attention_case, branch, rope, run};
+    use crate::{Branch, RopeTable, attention, composed};
 
     type Function = fn(Tensor<3>, Branch, usize, Option<&RopeTable>) -> Tensor<3>;
 
@@ -198,36 +198,9 @@ mod tests {
     const ALL: Parts = Parts { rope: true, bias: true, gamma: true, recompute: false };
 
     fn apply(f: Function, t: &Inputs, heads: usize, parts: Parts) -> Tensor<3> {
-        let branch = Branch {
-            norm: Normalization { weight: t.vector(1), bias: t.vector(2), eps: 1e-5 },
-            first: Projection { weight: t.matrix(3), bias: parts.bias.then(|| t.vector(4)) },
-            last: Projection { weight: t.matrix(5), bias: parts.bias.then(|| t.vector(6)) },
-            gamma: parts.gamma.then(|| t.vector(7)),
-            precision: Fp32,
-            recompute: parts.recompute,
-        };
-        let rope = RopeTable { cos: t.matrix(8), sin: t.matrix(9) };
+        let branch = Branch { recompute: parts.recompute, ..branch(t, parts.bias, parts.gamma, Fp32) };
+        let rope = rope(t);
         f(t.cube(0), branch, heads, parts.rope.then_some(&rope))
-    }
-
-    fn case(batch: usize, tokens: usize, heads: usize, head_dim: usize, tracked: &[bool; 8]) -> Case {
-        let width = heads * head_dim;
-        let tracked: Vec<bool> = tracked.iter().copied().chain([false; 2]).collect();
-        Case::new(
-            &[
-                &[batch, tokens, width],
-                &[width],
-                &[width],
-                &[3 * width, width],
-                &[3 * width],
-                &[width, width],
-                &[width],
-                &[width],
-                &[tokens, head_dim],
-                &[tokens, head_dim],
-            ],
-            &tracked,
-        )
     }
 
     #[test]
@@ -241,7 +214,7 @@ mod tests {
                     let tracked = std::array::from_fn(|i| alone == 8 || alone == i);
                     let parts = Parts { rope, ..ALL };
                     assert_same(
-                        &case(batch, tokens, heads, head_dim, &tracked),
+                        &attention_case([batch, tokens, heads, head_dim], tracked),
                         |t| apply(attention, t, heads, parts),
                         |t| apply(composed::attention, t, heads, parts),
                     );
@@ -259,7 +232,7 @@ mod tests {
             (tracked[4], tracked[6], tracked[7]) = (bias, bias, gamma);
             let parts = Parts { bias, gamma, ..ALL };
             assert_same(
-                &case(3, 7, 2, 6, &tracked),
+                &attention_case([3, 7, 2, 6], tracked),
                 |t| apply(attention, t, 2, parts),
                 |t| apply(composed::attention, t, 2, parts),
             );
@@ -268,7 +241,7 @@ mod tests {
 
     #[test]
     fn computing_again_does_not_change_the_bits() {
-        let case = case(3, 17, 2, 8, &[true; 8]);
+        let case = attention_case([3, 17, 2, 8], [true; 8]);
         let with = |recompute| {
             let results = run(&case, |t| apply(attention, t, 2, Parts { recompute, ..ALL }));
             results.into_iter().flatten().map(f32::to_bits).collect::<Vec<_>>()
@@ -278,7 +251,7 @@ mod tests {
 
     #[test]
     fn number_of_threads_does_not_change_the_bits() {
-        let case = case(5, 33, 3, 8, &[true; 8]);
+        let case = attention_case([5, 33, 3, 8], [true; 8]);
         let with = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
             pool.install(|| run(&case, |t| apply(attention, t, 3, ALL)))

@@ -3,43 +3,10 @@
 use burn::tensor::Tensor;
 
 use crate::Precision::{self, Bf16, Fp32};
-use crate::testing::{Case, Inputs, assert_as_near, run};
-use crate::{Branch, Normalization, Projection, RopeTable, composed};
-use crate::{attention, feed_forward, linear, plain_product, product, selected_attention, self_attention, times};
-
-fn branch(t: &Inputs, precision: Precision) -> Branch {
-    Branch {
-        norm: Normalization { weight: t.vector(1), bias: t.vector(2), eps: 1e-5 },
-        first: Projection { weight: t.matrix(3), bias: Some(t.vector(4)) },
-        last: Projection { weight: t.matrix(5), bias: Some(t.vector(6)) },
-        gamma: Some(t.vector(7)),
-        precision,
-        recompute: false,
-    }
-}
-
-fn rope(t: &Inputs) -> RopeTable {
-    RopeTable { cos: t.matrix(8), sin: t.matrix(9) }
-}
-
-fn attention_case(batch: usize, tokens: usize, heads: usize, head_dim: usize) -> Case {
-    let width = heads * head_dim;
-    Case::new(
-        &[
-            &[batch, tokens, width],
-            &[width],
-            &[width],
-            &[3 * width, width],
-            &[3 * width],
-            &[width, width],
-            &[width],
-            &[width],
-            &[tokens, head_dim],
-            &[tokens, head_dim],
-        ],
-        &[true, true, true, true, true, true, true, true, false, false],
-    )
-}
+use crate::testing::{Case, Inputs, assert_as_near, attention_case, branch, feed_forward_case, rope, run};
+use crate::{
+    attention, composed, feed_forward, linear, plain_product, product, selected_attention, self_attention, times,
+};
 
 /// Asserts that the operation is as near as the definition, and that it rounds.
 fn compare<const D: usize>(
@@ -58,17 +25,21 @@ fn fused_operations_are_as_near_to_single_precision_as_their_definitions() {
     let mut compared = 0;
     // Sizes that the matrix unit takes, with rests in every dimension, and sizes below.
     for (batch, tokens, heads, head_dim) in [(3, 41, 2, 20), (5, 7, 3, 6)] {
-        let case = attention_case(batch, tokens, heads, head_dim);
+        let case = attention_case([batch, tokens, heads, head_dim], [true; 8]);
         compared += compare(
             &case,
-            |t, precision| attention(t.cube(0), branch(t, precision), heads, Some(&rope(t))),
-            |t, precision| composed::attention(t.cube(0), branch(t, precision), heads, Some(&rope(t))),
+            |t, precision| attention(t.cube(0), branch(t, true, true, precision), heads, Some(&rope(t))),
+            |t, precision| composed::attention(t.cube(0), branch(t, true, true, precision), heads, Some(&rope(t))),
         );
         let rows: Vec<usize> = (0..batch * tokens).filter(|i| i % 3 != 1).collect();
         compared += compare(
             &case,
-            |t, precision| selected_attention(t.cube(0), &rows, branch(t, precision), heads, Some(&rope(t))),
-            |t, precision| composed::selected_attention(t.cube(0), &rows, branch(t, precision), heads, Some(&rope(t))),
+            |t, precision| {
+                selected_attention(t.cube(0), &rows, branch(t, true, true, precision), heads, Some(&rope(t)))
+            },
+            |t, precision| {
+                composed::selected_attention(t.cube(0), &rows, branch(t, true, true, precision), heads, Some(&rope(t)))
+            },
         );
         let packed = Case::new(&[&[batch, tokens, 3 * heads * head_dim]], &[true]);
         compared += compare(
@@ -78,12 +49,10 @@ fn fused_operations_are_as_near_to_single_precision_as_their_definitions() {
         );
     }
     for (rows, width, inner) in [(190, 48, 100), (9, 13, 10)] {
-        let shapes: [&[usize]; 8] =
-            [&[rows, width], &[width], &[width], &[inner, width], &[inner], &[width, inner], &[width], &[width]];
         compared += compare(
-            &Case::new(&shapes, &[true; 8]),
-            |t, precision| feed_forward(t.matrix(0), branch(t, precision)),
-            |t, precision| composed::feed_forward(t.matrix(0), branch(t, precision)),
+            &feed_forward_case([rows, width, inner], [true; 8]),
+            |t, precision| feed_forward(t.matrix(0), branch(t, true, true, precision)),
+            |t, precision| composed::feed_forward(t.matrix(0), branch(t, true, true, precision)),
         );
         // The bias's gradient is a sum without products.
         compared += compare(

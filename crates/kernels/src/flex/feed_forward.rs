@@ -162,31 +162,13 @@ mod tests {
     use burn::tensor::Tensor;
 
     use crate::Precision::Fp32;
-    use crate::testing::{Case, Inputs, assert_same, run};
-    use crate::{Branch, Normalization, Projection, composed, feed_forward};
+    use crate::testing::{Inputs, assert_same, branch, feed_forward_case, run};
+    use crate::{Branch, composed, feed_forward};
 
     type Function = fn(Tensor<2>, Branch) -> Tensor<2>;
 
-    fn branch(t: &Inputs, bias: bool, gamma: bool) -> Branch {
-        Branch {
-            norm: Normalization { weight: t.vector(1), bias: t.vector(2), eps: 1e-5 },
-            first: Projection { weight: t.matrix(3), bias: bias.then(|| t.vector(4)) },
-            last: Projection { weight: t.matrix(5), bias: bias.then(|| t.vector(6)) },
-            gamma: gamma.then(|| t.vector(7)),
-            precision: Fp32,
-            recompute: false,
-        }
-    }
-
     fn apply(f: Function, t: &Inputs, bias: bool, gamma: bool) -> Tensor<2> {
-        f(t.matrix(0), branch(t, bias, gamma))
-    }
-
-    fn case(rows: usize, width: usize, inner: usize, tracked: &[bool; 8]) -> Case {
-        Case::new(
-            &[&[rows, width], &[width], &[width], &[inner, width], &[inner], &[width, inner], &[width], &[width]],
-            tracked,
-        )
+        f(t.matrix(0), branch(t, bias, gamma, Fp32))
     }
 
     #[test]
@@ -198,7 +180,7 @@ mod tests {
                 // Each input by itself, all, and none.
                 let tracked = std::array::from_fn(|i| alone == 8 || alone == i);
                 assert_same(
-                    &case(rows, width, inner, &tracked),
+                    &feed_forward_case([rows, width, inner], tracked),
                     |t| apply(feed_forward, t, true, true),
                     |t| apply(composed::feed_forward, t, true, true),
                 );
@@ -214,7 +196,7 @@ mod tests {
             let mut tracked = [true; 8];
             (tracked[4], tracked[6], tracked[7]) = (bias, bias, gamma);
             assert_same(
-                &case(6, 24, 10, &tracked),
+                &feed_forward_case([6, 24, 10], tracked),
                 |t| apply(feed_forward, t, bias, gamma),
                 |t| apply(composed::feed_forward, t, bias, gamma),
             );
@@ -223,9 +205,10 @@ mod tests {
 
     #[test]
     fn computing_the_hidden_layer_again_does_not_change_the_bits() {
-        let case = case(300, 24, 50, &[true; 8]);
+        let case = feed_forward_case([300, 24, 50], [true; 8]);
         let with = |recompute| {
-            let results = run(&case, |t| feed_forward(t.matrix(0), Branch { recompute, ..branch(t, true, true) }));
+            let results =
+                run(&case, |t| feed_forward(t.matrix(0), Branch { recompute, ..branch(t, true, true, Fp32) }));
             results.into_iter().flatten().map(f32::to_bits).collect::<Vec<_>>()
         };
         assert_eq!(with(true), with(false));
@@ -233,7 +216,7 @@ mod tests {
 
     #[test]
     fn number_of_threads_does_not_change_the_bits() {
-        let case = case(300, 48, 96, &[true; 8]);
+        let case = feed_forward_case([300, 48, 96], [true; 8]);
         let with = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
             pool.install(|| run(&case, |t| apply(feed_forward, t, true, true)))

@@ -49,34 +49,36 @@ impl Stored {
 
 /// Numbers of bfloat16, rounded to.
 pub(super) fn halved(values: &[f32]) -> Vec<bf16> {
-    let mut half = vec![bf16::ZERO; values.len()];
-    half.par_chunks_mut(ELEMENT_BLOCK).zip(values.par_chunks(ELEMENT_BLOCK)).for_each(|(half, values)| {
-        simd::vectorized(
-            #[inline(always)]
-            || {
-                for (half, value) in half.iter_mut().zip(values) {
-                    *half = bf16::from_bits((simd::rounded_to_bf16(*value).to_bits() >> 16) as u16);
-                }
-            },
-        );
-    });
-    half
+    converted(
+        values,
+        #[inline(always)]
+        |value| bf16::from_bits((simd::rounded_to_bf16(value).to_bits() >> 16) as u16),
+    )
 }
 
 /// The same numbers of single precision.
 pub(super) fn widened(values: &[bf16]) -> Vec<f32> {
-    let mut wide = vec![0.0; values.len()];
-    wide.par_chunks_mut(ELEMENT_BLOCK).zip(values.par_chunks(ELEMENT_BLOCK)).for_each(|(wide, values)| {
-        simd::vectorized(
-            #[inline(always)]
-            || {
-                for (wide, value) in wide.iter_mut().zip(values) {
-                    *wide = f32::from_bits(u32::from(value.to_bits()) << 16);
-                }
-            },
-        );
-    });
-    wide
+    converted(
+        values,
+        #[inline(always)]
+        |value| f32::from_bits(u32::from(value.to_bits()) << 16),
+    )
+}
+
+/// What `convert`, which has to be inlined, makes of each number.
+fn converted<A: Copy + Sync, B: Copy + Send>(source: &[A], convert: impl Fn(A) -> B + Sync) -> Vec<B> {
+    write_once(source.len(), |memory| {
+        memory.par_chunks_mut(ELEMENT_BLOCK).zip(source.par_chunks(ELEMENT_BLOCK)).for_each(|(to, from)| {
+            simd::vectorized(
+                #[inline(always)]
+                || {
+                    for (to, from) in to.iter_mut().zip(from) {
+                        to.write(convert(*from));
+                    }
+                },
+            );
+        });
+    })
 }
 
 /// `len` numbers in blocks of `block`, each zeroed by the task that then gives it to `f(state, i, block)`.
@@ -96,9 +98,9 @@ pub(super) fn zeroed<S>(
     })
 }
 
-/// `len` numbers that `write` writes: every one of them, as the callers do by copying a source of the same length, or by
-/// filling all blocks.
-fn write_once(len: usize, write: impl FnOnce(&mut [MaybeUninit<f32>])) -> Vec<f32> {
+/// `len` numbers that `write` writes: every one of them, as the callers do by copying or converting a source of the same length,
+/// or by filling all blocks.
+fn write_once<T>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
     let mut values = Vec::with_capacity(len);
     write(&mut values.spare_capacity_mut()[..len]);
     // SAFETY: the capacity is at least `len`, and `write` has written that many elements.

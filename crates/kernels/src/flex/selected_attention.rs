@@ -226,43 +226,9 @@ fn add_to_rows(matrix: &mut [f32], rows: &[usize], values: &[f32], width: usize)
 mod tests {
     use burn::tensor::{Int, Tensor};
 
-    use crate::testing::{Case, Inputs, assert_same, run};
-    use crate::{Branch, Normalization, Precision, Projection, RopeTable, attention, composed, selected_attention};
-
-    fn branch(t: &Inputs, bias: bool, gamma: bool, recompute: bool) -> Branch {
-        Branch {
-            norm: Normalization { weight: t.vector(1), bias: t.vector(2), eps: 1e-5 },
-            first: Projection { weight: t.matrix(3), bias: bias.then(|| t.vector(4)) },
-            last: Projection { weight: t.matrix(5), bias: bias.then(|| t.vector(6)) },
-            gamma: gamma.then(|| t.vector(7)),
-            precision: Precision::Fp32,
-            recompute,
-        }
-    }
-
-    fn rope(t: &Inputs) -> RopeTable {
-        RopeTable { cos: t.matrix(8), sin: t.matrix(9) }
-    }
-
-    fn case(batch: usize, tokens: usize, heads: usize, head_dim: usize, tracked: &[bool; 8]) -> Case {
-        let width = heads * head_dim;
-        let tracked: Vec<bool> = tracked.iter().copied().chain([false; 2]).collect();
-        Case::new(
-            &[
-                &[batch, tokens, width],
-                &[width],
-                &[width],
-                &[3 * width, width],
-                &[3 * width],
-                &[width, width],
-                &[width],
-                &[width],
-                &[tokens, head_dim],
-                &[tokens, head_dim],
-            ],
-            &tracked,
-        )
-    }
+    use crate::Precision::Fp32;
+    use crate::testing::{Inputs, assert_same, attention_case, branch, rope, run};
+    use crate::{Branch, RopeTable, attention, composed, selected_attention};
 
     /// The rows of attention over all tokens, as the fused operation computes it.
     fn of_all(t: &Inputs, rows: &[usize], branch: Branch, heads: usize, rope: Option<&RopeTable>) -> Tensor<2> {
@@ -290,17 +256,17 @@ mod tests {
                 for alone in 0..10 {
                     // Each input by itself, all, and none.
                     let tracked = std::array::from_fn(|i| alone == 8 || alone == i);
-                    let case = case(batch, tokens, heads, head_dim, &tracked);
+                    let case = attention_case([batch, tokens, heads, head_dim], tracked);
                     let rope = |t: &Inputs| with_rope.then(|| rope(t));
                     let fused = |t: &Inputs| {
-                        selected_attention(t.cube(0), rows, branch(t, true, true, false), heads, rope(t).as_ref())
+                        selected_attention(t.cube(0), rows, branch(t, true, true, Fp32), heads, rope(t).as_ref())
                     };
                     assert_same(&case, fused, |t| {
-                        let (branch, rope) = (branch(t, true, true, false), rope(t));
+                        let (branch, rope) = (branch(t, true, true, Fp32), rope(t));
                         composed::selected_attention(t.cube(0), rows, branch, heads, rope.as_ref())
                     });
                     assert_same(&case, fused, |t| {
-                        of_all(t, rows, branch(t, true, true, false), heads, rope(t).as_ref())
+                        of_all(t, rows, branch(t, true, true, Fp32), heads, rope(t).as_ref())
                     });
                     cases += 2;
                 }
@@ -316,37 +282,43 @@ mod tests {
             let mut tracked = [true; 8];
             (tracked[4], tracked[6], tracked[7]) = (bias, bias, gamma);
             assert_same(
-                &case(3, 7, 2, 6, &tracked),
-                |t| selected_attention(t.cube(0), &rows, branch(t, bias, gamma, false), 2, Some(&rope(t))),
-                |t| composed::selected_attention(t.cube(0), &rows, branch(t, bias, gamma, false), 2, Some(&rope(t))),
+                &attention_case([3, 7, 2, 6], tracked),
+                |t| selected_attention(t.cube(0), &rows, branch(t, bias, gamma, Fp32), 2, Some(&rope(t))),
+                |t| composed::selected_attention(t.cube(0), &rows, branch(t, bias, gamma, Fp32), 2, Some(&rope(t))),
             );
         }
     }
 
     #[test]
     fn no_row_is_an_empty_result() {
-        let case = case(2, 3, 1, 4, &[false; 8]);
-        let y = run(&case, |t| selected_attention(t.cube(0), &[], branch(t, true, true, false), 1, None));
+        let case = attention_case([2, 3, 1, 4], [false; 8]);
+        let y = run(&case, |t| selected_attention(t.cube(0), &[], branch(t, true, true, Fp32), 1, None));
         assert_eq!(y, [Vec::<f32>::new()]);
     }
 
     #[test]
     #[should_panic(expected = "rows of x [2, 3, 4] have to be ascending and within")]
     fn rows_outside_panic() {
-        run(&case(2, 3, 1, 4, &[false; 8]), |t| {
-            selected_attention(t.cube(0), &[2, 6], branch(t, true, true, false), 1, None)
+        run(&attention_case([2, 3, 1, 4], [false; 8]), |t| {
+            selected_attention(t.cube(0), &[2, 6], branch(t, true, true, Fp32), 1, None)
         });
     }
 
     #[test]
     fn neither_threads_nor_computing_again_change_the_bits() {
-        let case = case(5, 33, 3, 8, &[true; 8]);
+        let case = attention_case([5, 33, 3, 8], [true; 8]);
         let rows: Vec<usize> = (0..5 * 33).filter(|i| i % 33 == 0 || i % 7 == 3).collect();
         let with = |threads: usize, recompute: bool| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
             let results = pool.install(|| {
                 run(&case, |t| {
-                    selected_attention(t.cube(0), &rows, branch(t, true, true, recompute), 3, Some(&rope(t)))
+                    selected_attention(
+                        t.cube(0),
+                        &rows,
+                        Branch { recompute, ..branch(t, true, true, Fp32) },
+                        3,
+                        Some(&rope(t)),
+                    )
                 })
             });
             results.into_iter().flatten().map(f32::to_bits).collect::<Vec<_>>()

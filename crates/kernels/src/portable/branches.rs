@@ -331,49 +331,11 @@ mod tests {
 
     use super::{attention, feed_forward, gated_feed_forward};
     use crate::Precision::{self, Bf16, Fp32};
-    use crate::testing::{Case, Inputs, assert_as_near, assert_same, distances, run};
-    use crate::{Branch, Normalization, Projection, RopeTable, composed};
-
-    fn branch(t: &Inputs, bias: bool, gamma: bool, precision: Precision) -> Branch {
-        Branch {
-            norm: Normalization { weight: t.vector(1), bias: t.vector(2), eps: 1e-5 },
-            first: Projection { weight: t.matrix(3), bias: bias.then(|| t.vector(4)) },
-            last: Projection { weight: t.matrix(5), bias: bias.then(|| t.vector(6)) },
-            gamma: gamma.then(|| t.vector(7)),
-            precision,
-            recompute: false,
-        }
-    }
-
-    fn rope(t: &Inputs) -> RopeTable {
-        RopeTable { cos: t.matrix(8), sin: t.matrix(9) }
-    }
-
-    /// Of feed-forward branches the first eight.
-    fn shapes(x: &[usize], first: usize, inner: usize, table: [usize; 2]) -> Vec<Vec<usize>> {
-        let width = *x.last().expect("a shape");
-        let (matrices, table) = ([vec![first, width], vec![width, inner]], table.to_vec());
-        let [weight, w_out] = matrices;
-        let vector = |len: usize| vec![len];
-        let (bias, b_out) = (vector(first), vector(width));
-        let (gain, offset, gamma) = (vector(width), vector(width), vector(width));
-        vec![x.to_vec(), gain, offset, weight, bias, w_out, b_out, gamma, table.clone(), table]
-    }
-
-    fn case(shapes: &[Vec<usize>], tracked: &[bool]) -> Case {
-        Case::new(&shapes.iter().map(Vec::as_slice).collect::<Vec<_>>(), tracked)
-    }
-
-    fn attention_case([batch, tokens, heads, head_dim]: [usize; 4], tracked: [bool; 8]) -> Case {
-        let width = heads * head_dim;
-        let mut all = tracked.to_vec();
-        all.extend([false, false]);
-        case(&shapes(&[batch, tokens, width], 3 * width, width, [tokens, head_dim]), &all)
-    }
-
-    fn feed_forward_case(rows: usize, width: usize, inner: usize, tracked: [bool; 8]) -> Case {
-        case(&shapes(&[rows, width], inner, inner, [0, 0])[..8], &tracked)
-    }
+    use crate::testing::{
+        Case, Inputs, assert_as_near, assert_same, attention_case, branch, branch_shapes, distances, feed_forward_case,
+        rope, run,
+    };
+    use crate::{Branch, Projection, RopeTable, composed};
 
     fn composed_rows(x: Tensor<3>, branch: Branch, heads: usize, rope: Option<&RopeTable>) -> Tensor<2> {
         super::rows(composed::attention(x, branch, heads, rope))
@@ -429,7 +391,7 @@ mod tests {
         for (rows, width, inner) in [(1, 1, 2), (5, 24, 13), (7, 13, 40)] {
             for tracked in tracked() {
                 assert_same(
-                    &feed_forward_case(rows, width, inner, tracked),
+                    &feed_forward_case([rows, width, inner], tracked),
                     |t| feed_forward(t.matrix(0), branch(t, true, true, Fp32)),
                     |t| composed::feed_forward(t.matrix(0), branch(t, true, true, Fp32)),
                 );
@@ -442,11 +404,11 @@ mod tests {
     /// Of gates and values from one layer the first eight inputs, from two all.
     fn gated_case(rows: usize, width: usize, inner: usize, layers: usize, tracked: &[bool]) -> Case {
         let first = 2 * inner / layers;
-        let mut shapes = shapes(&[rows, width], first, inner, [0, 0])[..8].to_vec();
+        let mut shapes = branch_shapes(&[rows, width], first, inner);
         if layers == 2 {
             shapes.extend([vec![first, width], vec![first]]);
         }
-        case(&shapes, tracked)
+        Case::new(&shapes.iter().map(Vec::as_slice).collect::<Vec<_>>(), tracked)
     }
 
     fn value(t: &Inputs, layers: usize, bias: bool) -> Option<Projection> {
@@ -494,7 +456,7 @@ mod tests {
             let mut tracked = [true; 8];
             (tracked[4], tracked[6], tracked[7]) = (bias, bias, gamma);
             assert_same(
-                &feed_forward_case(6, 24, 10, tracked),
+                &feed_forward_case([6, 24, 10], tracked),
                 |t| feed_forward(t.matrix(0), branch(t, bias, gamma, Fp32)),
                 |t| composed::feed_forward(t.matrix(0), branch(t, bias, gamma, Fp32)),
             );
@@ -512,7 +474,7 @@ mod tests {
             let with = |recompute| {
                 let branch = |t: &Inputs| Branch { recompute, ..branch(t, true, true, precision) };
                 let mut results =
-                    run(&feed_forward_case(9, 24, 50, [true; 8]), |t| feed_forward(t.matrix(0), branch(t)));
+                    run(&feed_forward_case([9, 24, 50], [true; 8]), |t| feed_forward(t.matrix(0), branch(t)));
                 results.extend(run(&attention_case([2, 9, 3, 8], [true; 8]), |t| {
                     attention(t.cube(0), Some(&[0, 4, 9, 17]), branch(t), 3, Some(&rope(t)))
                 }));
@@ -548,7 +510,7 @@ mod tests {
             },
         );
         compare(
-            feed_forward_case(190, 48, 100, [true; 8]),
+            feed_forward_case([190, 48, 100], [true; 8]),
             &|t, precision| feed_forward(t.matrix(0), branch(t, true, true, precision)),
             &|t, precision| composed::feed_forward(t.matrix(0), branch(t, true, true, precision)),
         );
