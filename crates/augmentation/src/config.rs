@@ -35,7 +35,7 @@ pub struct AugmentationConfig {
     pub local_crop_scale: [f64; 2],
     /// Side in pixels at which the Gram teacher sees the two global crops, same box and flip; 0: as the student does.
     pub gram_crop_size: usize,
-    /// Whether the Gram teacher's crops have the colours, blur and solarization of the student's.
+    /// With a `gram_crop_size`: whether the Gram teacher's crops have the colours, blur and solarization of the student's.
     pub gram_crop_distorted: bool,
     /// Crop sizes to draw from, one of them for each step; empty: those above. DINOv3's high-resolution stage mixes five.
     pub sizes: Vec<CropSizes>,

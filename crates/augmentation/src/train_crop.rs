@@ -15,7 +15,8 @@ const RATIO: [f64; 2] = [3.0 / 4.0, 4.0 / 3.0];
 const FLIP: f64 = 0.5;
 
 /// A box of 8 to 100 % of the image's area with an aspect ratio from 3/4 to 4/3, resized (bicubic, antialiased) to a square,
-/// and mirrored left to right half of the time: what DINO, DINOv2 and DINOv3 train linear classifiers on.
+/// and mirrored left to right half of the time: what DINOv2 and DINOv3 train linear classifiers on
+/// (DINO: the same with bilinear resizing).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrainTransform {
     crop: usize,

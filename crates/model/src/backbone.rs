@@ -287,4 +287,14 @@ impl Backbone {
             Self::ConvNext(convnext) => convnext.forward_layers(images, layers, norm),
         }
     }
+
+    /// The patches of the last layer that [`forward_layers`](Self::forward_layers) gives after its norm, from the features of a
+    /// forward on images of `(height, width)`: of a ConvNeXt they lie on the grid of its `patch_size`, those of
+    /// [`Features::patches`] on that of its last feature map.
+    pub fn last_layer_patches(&self, features: &Features, size: (usize, usize)) -> Tensor<3> {
+        match self {
+            Self::Vit(_) => features.patches.clone(),
+            Self::ConvNext(convnext) => convnext.last_layer_patches(features, size),
+        }
+    }
 }

@@ -74,7 +74,7 @@ pub enum DropPathKind {
 pub struct ModelConfig {
     /// The named size; the next six keys override single numbers of it. A ConvNeXt takes only `dims`, `depths`,
     /// `patch_size`, `in_channels`, `layer_scale_init`, `norm_eps`, `drop_path_rate` and `drop_path`, and refuses other
-    /// values than the defaults elsewhere.
+    /// values than the defaults elsewhere; it has no `mask_token` either way.
     pub arch: Arch,
     /// Width of the tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -138,9 +138,9 @@ pub struct ModelConfig {
     pub rope_normalize: RopeNormalize,
     /// RoPE, in training: coordinates are shifted by up to this much per axis; 0 is off.
     pub rope_shift: f64,
-    /// RoPE, in training: each axis is stretched by up to this factor; 1 is off.
+    /// RoPE, in training: each axis is stretched or shrunk by up to this factor; 1 is off.
     pub rope_jitter: f64,
-    /// RoPE, in training: both axes are stretched by up to this factor; 1 is off, released DINOv3 models used 2.
+    /// RoPE, in training: both axes are stretched or shrunk by up to this factor; 1 is off, released DINOv3 models used 2.
     pub rope_rescale: f64,
     /// Stochastic depth of the student.
     pub drop_path_rate: f64,
@@ -378,6 +378,19 @@ impl ModelConfig {
                 "`model.{key} = {}`: only ConvNeXts have stages, `model.arch` is {}\n\nhint: leave it out; the numbers of a \
                  vision transformer are `embed_dim` and `depth`",
                 table[key], table["arch"]
+            )));
+        }
+        let other = match self.position {
+            Position::Learned => "rope_",
+            Position::Rope => "interpolate_",
+        };
+        let default = Self::default().table();
+        if let Some((key, value)) =
+            table.iter().find(|(key, value)| key.starts_with(other) && default.get(*key) != Some(value))
+        {
+            return Err(ModelError::config(format!(
+                "`model.{key} = {value}` has no effect with `model.position = {}`\n\nhint: leave it out",
+                table["position"]
             )));
         }
         let embed_dim = self.embed_dim.unwrap_or(embed_dim);

@@ -60,7 +60,7 @@ impl ConvNextConfig {
     /// the right and at the bottom is cut off, as a convolution does.
     ///
     /// # Errors
-    /// A side that is no multiple of 4 or less than 32, or less than [`patch_size`](Self::patch_size).
+    /// A side that is no multiple of 4 or less than 32.
     pub fn grid(&self, height: usize, width: usize) -> Result<(usize, usize), ModelError> {
         for (what, size) in [("image height", height), ("image width", width)] {
             if size < STRIDE || !size.is_multiple_of(STEM) {
@@ -69,17 +69,13 @@ impl ConvNextConfig {
                     "{what} {size}: a ConvNeXt takes multiples of {STEM} from {STRIDE} on\n\nhint: {near} is one"
                 )));
             }
-            if let Some(patch) = self.patch_size.filter(|patch| *patch > size) {
-                return Err(ModelError::config(format!("{what} {size} is less than `model.patch_size` {patch}")));
-            }
         }
         Ok((height / STRIDE, width / STRIDE))
     }
 
     /// The sides that [`grid`](Self::grid) accepts.
     pub(crate) fn sides(&self) -> Sides {
-        let least = self.patch_size.map_or(STRIDE, |patch| patch.next_multiple_of(STEM).max(STRIDE));
-        Sides { step: STEM, least }
+        Sides { step: STEM, least: STRIDE }
     }
 
     /// Checks that the numbers fit together. A configuration read from a file must pass before anything is built.
@@ -88,11 +84,16 @@ impl ConvNextConfig {
     /// The first that is not usable.
     pub fn check(&self) -> Result<(), ModelError> {
         let sizes = self.dims.map(|dim| ("dims", dim)).into_iter().chain(self.depths.map(|depth| ("depths", depth)));
-        let sizes = sizes.chain([("in_channels", self.in_channels), ("patch_size", self.patch_size.unwrap_or(1))]);
-        for (name, value) in sizes {
+        for (name, value) in sizes.chain([("in_channels", self.in_channels)]) {
             if value == 0 || value > 1 << 20 {
                 return Err(ModelError::config(format!("`model.{name}` has {value}, not a usable size")));
             }
+        }
+        if let Some(patch) = self.patch_size.filter(|patch| !(1..=STRIDE).contains(patch)) {
+            return Err(ModelError::config(format!(
+                "`model.patch_size` is {patch}: the last feature map of a ConvNeXt has a place for every {STRIDE} px, and its \
+                 tokens can be brought to a grid as fine or finer\n\nhint: from 1 to {STRIDE}, or 0 for the map as it is"
+            )));
         }
         if !(0.0..1.0).contains(&self.drop_path_rate) {
             let rate = self.drop_path_rate;
@@ -285,17 +286,32 @@ impl ConvNext {
             if !layers.contains(&stage) {
                 return;
             }
-            let (mut cls, mut patches, grid) = tokens(x.clone());
-            if let Some(patch) = self.config.patch_size {
-                let to = (height / patch, width / patch);
-                patches = interpolation::resize_tokens(patches, grid, to, Filter::Bilinear, true);
-            }
+            let (mut cls, patches, grid) = tokens(x.clone());
+            let mut patches = self.on_grid(patches, grid, (height, width));
             if norm && stage + 1 == self.stages.len() {
                 (cls, patches) = (self.norm.forward(cls), self.norm.forward_tokens(patches));
             }
             found.push(LayerFeatures { cls, registers: None, patches });
         });
         found
+    }
+
+    /// The patches of the last stage that [`forward_layers`](Self::forward_layers) gives, from the features of a forward on
+    /// images of this height and width.
+    pub(crate) fn last_layer_patches(&self, features: &Features, (height, width): (usize, usize)) -> Tensor<3> {
+        let grid = self.config.grid(height, width).expect("a forward took these images");
+        self.norm.forward_tokens(self.on_grid(features.prenorm.clone(), grid, (height, width)))
+    }
+
+    /// The places of a feature map on the grid that [`ConvNextConfig::patch_size`] asks for.
+    fn on_grid(&self, patches: Tensor<3>, grid: (usize, usize), (height, width): (usize, usize)) -> Tensor<3> {
+        match self.config.patch_size {
+            None => patches,
+            Some(patch) => {
+                let to = (height / patch, width / patch);
+                interpolation::resize_tokens(patches, grid, to, Filter::Bilinear, true)
+            }
+        }
     }
 
     /// Runs the stages, showing each one's output `[B, h, w, D]`.
@@ -395,8 +411,11 @@ mod tests {
             let error = config.grid(size.0, size.1).expect_err("refused").to_string();
             assert!(error.contains(part), "{error}");
         }
-        let coarse = ConvNextConfig { patch_size: Some(48), ..config };
-        assert!(coarse.grid(64, 36).is_err());
+        for patch in [0, 33, 1 << 20] {
+            let error = ConvNextConfig { patch_size: Some(patch), ..config.clone() }.check().expect_err("refused");
+            assert!(error.to_string().contains(&format!("`model.patch_size` is {patch}")), "{error}");
+        }
+        ConvNextConfig { patch_size: Some(32), ..config }.check().expect("as coarse as the map");
     }
 
     #[test]
@@ -406,7 +425,6 @@ mod tests {
         let cases = [
             (convnext(None), "multiples of 4 from 32 on"),
             (convnext(Some(16)), "multiples of 4 from 32 on"),
-            (convnext(Some(50)), "multiples of 4 from 52 on"),
             (vit, "multiples of 14"),
         ];
         for (architecture, text) in cases {
@@ -417,6 +435,22 @@ mod tests {
                 assert_eq!(architecture.grid(side, 56).is_ok(), fits, "{text}: {side}");
             }
         }
+    }
+
+    #[test]
+    fn the_patches_of_the_last_layer_are_those_of_a_forward_on_the_grid_that_is_asked_for() {
+        let mut cases = 0;
+        for (patch_size, count) in [(None, 2), (Some(16), 8), (Some(32), 2)] {
+            let config = ConvNextConfig { patch_size, ..config() };
+            let backbone = crate::Backbone::new(&Architecture::ConvNext(config), &Device::flex(), &mut stream(2));
+            let x = images([3, 3, 72, 36]);
+            let found = backbone.last_layer_patches(&backbone.forward(x.clone(), None), (72, 36));
+            let expected = backbone.forward_layers(x, &[3], true).remove(0).patches;
+            assert_eq!(found.dims(), [3, count, 10]);
+            assert_eq!(values(found), values(expected), "{patch_size:?}");
+            cases += 1;
+        }
+        assert_eq!(cases, 3);
     }
 
     #[test]

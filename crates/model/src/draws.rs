@@ -126,16 +126,45 @@ fn branch(kind: DropPathKind, rate: f64, batch: usize, rng: &mut impl Rng) -> Br
         return BranchDraw::Keep;
     }
     match kind {
-        DropPathKind::Subset => {
+        // The references round down and keep one at least, which turns a rate of 0.1 into 0.5 where two crops make a
+        // micro-batch, and into 0 where one does. Rounded at random, and drawn for each sample where a subset would be empty,
+        // the rate is right on average however a batch is divided.
+        DropPathKind::Subset if batch as f64 * (1.0 - rate) >= 1.0 => {
             let mut order: Vec<usize> = (0..batch).collect();
             order.shuffle(rng);
-            // The references round down, which turns a rate of 0.1 into 0.5 where two crops make a micro-batch. Rounded at
-            // random, the rate is right on average however a batch is divided.
             let kept = batch as f64 * (1.0 - rate);
             let up = usize::from(rng.random::<f64>() < kept.fract());
-            order.truncate((kept as usize + up).max(1));
+            order.truncate(kept as usize + up);
             BranchDraw::Subset(order)
         }
-        DropPathKind::PerSample => BranchDraw::per_sample(rate, (0..batch).map(|_| rng.random())),
+        _ => BranchDraw::per_sample(rate, (0..batch).map(|_| rng.random())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dinoxide_random::{Purpose, stream};
+
+    #[test]
+    fn a_subset_is_as_large_on_average_as_the_rate_says_however_small_the_batch() {
+        let mut rng = stream(3, Purpose::Forward, 0, 0);
+        let mut cases = 0;
+        for (batch, rate) in [(1, 0.3), (2, 0.6), (2, 0.1), (5, 0.3), (7, 0.9)] {
+            let draws = 4000;
+            let (mut samples, mut scales) = (0, 0.0);
+            for _ in 0..draws {
+                let (kept, factor) = branch(DropPathKind::Subset, rate, batch, &mut rng).kept(batch).expect("a draw");
+                samples += kept.len();
+                scales += factor * kept.len() as f64;
+            }
+            let share = samples as f64 / (draws * batch) as f64;
+            // The mean of what a sample's branch is multiplied by.
+            let scale = scales / (draws * batch) as f64;
+            assert!((share - (1.0 - rate)).abs() < 0.02, "{batch} {rate}: {share} are kept");
+            assert!((scale - 1.0).abs() < 0.1, "{batch} {rate}: {scale}");
+            cases += 1;
+        }
+        assert_eq!(cases, 5);
     }
 }

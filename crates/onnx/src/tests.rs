@@ -220,16 +220,27 @@ fn a_file_of_any_size_gives_what_the_backbone_gives_at_every_size() {
 }
 
 #[test]
+fn images_of_more_patches_than_attention_can_be_computed_for_are_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (backbone, description) = backbone(v3());
+    for (height, width) in [(516, 512), (4_000_000, 4_000_000), (1 << 40, 1 << 40)] {
+        let options = Options::new(ImageSize::Fixed { height, width });
+        let error = export(&backbone, &description, &options, &folder.path().join("x.onnx")).expect_err("too many");
+        assert!(error.is_usage() && error.to_string().contains("at most 16384"), "{error}");
+    }
+}
+
+#[test]
 fn a_file_of_any_size_refuses_sides_that_the_backbone_does_not_take() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("x.onnx");
     let (config, size) = convnext();
-    let coarse = (ModelConfig { patch_size: 50, ..config }, size);
+    let coarse = (ModelConfig { patch_size: 32, ..config }, size);
     // A side of less than a patch, and others that are too small or left over.
     let cases: [(_, &str, &[_], &[_]); 3] = [
         (v3(), "multiples_of_4", &[(12, 8), (4, 4)], &[(13, 8), (12, 7), (3, 8), (8, 1)]),
         (convnext(), "multiples_of_4_from_32_on", &[(64, 36), (32, 32)], &[(66, 64), (64, 35), (28, 64), (64, 3)]),
-        (coarse, "multiples_of_4_from_52_on", &[(52, 56)], &[(48, 52), (52, 50)]),
+        (coarse, "multiples_of_4_from_32_on", &[(52, 56)], &[(28, 52), (52, 50)]),
     ];
     for (case, sides, taken, refused) in cases {
         let (backbone, description) = backbone(case);

@@ -58,8 +58,9 @@ pub struct Group {
 
 /// The group of a parameter of a submodule with `depth` blocks (0 for a head, and for a ConvNeXt), by its name within it.
 ///
-/// The learning rate falls by `layerwise_decay` per layer from the output to the input. Biases, norms and layer scales
-/// are not decayed; tokens and position tables are, as in the references.
+/// The learning rate falls by `layerwise_decay` per layer from the output to the input. Biases, layer scales and what is called
+/// a norm are not decayed; all else is, as in the references: tokens, position tables, and the norms before a ConvNeXt's
+/// convolutions of stride 2 and 4, which are not called so.
 pub fn group(name: &str, depth: usize, layerwise_decay: f64) -> Group {
     let at_input = ["pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens"];
     let layer = if depth == 0 {
