@@ -109,15 +109,15 @@ impl AnnotatedSource {
         let root = Path::new(&pairing.images);
         let (mut images, mut maps) = match &pairing.maps {
             Some(maps) => {
-                let images = named(&FolderSource::open(root, limits)?, &pairing.image_suffix);
-                (images, named(&FolderSource::open(maps, limits)?, &pairing.map_suffix))
+                let images = named(&FolderSource::open(root, limits)?, &pairing.image_suffix)?;
+                (images, named(&FolderSource::open(maps, limits)?, &pairing.map_suffix)?)
             }
             None => match (subfolder(root, IMAGE_FOLDERS), subfolder(root, kind.folders())) {
                 (Some(images), Some(maps)) => {
-                    let images = named(&FolderSource::open(&images, limits)?, &pairing.image_suffix);
-                    (images, named(&FolderSource::open(&maps, limits)?, &pairing.map_suffix))
+                    let images = named(&FolderSource::open(&images, limits)?, &pairing.image_suffix)?;
+                    (images, named(&FolderSource::open(&maps, limits)?, &pairing.map_suffix)?)
                 }
-                _ => side_by_side(&FolderSource::open(root, limits)?, kind, pairing),
+                _ => side_by_side(&FolderSource::open(root, limits)?, kind, pairing)?,
             },
         };
         if let Some(list) = &pairing.list {
@@ -238,10 +238,25 @@ fn named_error(path: &Path, reason: DecodeError) -> ReadError {
     ReadError { id: path.display().to_string(), reason }
 }
 
+type Named = BTreeMap<String, PathBuf>;
+
 /// Files by their path below the folder, without extension and `suffix`; those without the suffix are left out.
-fn named(folder: &FolderSource, suffix: &str) -> BTreeMap<String, PathBuf> {
-    let files = (0..folder.len()).map(|index| (stem(&folder.id(index)), folder.path(index)));
-    files.filter_map(|(stem, path)| Some((stem.strip_suffix(suffix)?.to_owned(), path))).collect()
+fn named(folder: &FolderSource, suffix: &str) -> Result<Named, DataError> {
+    let mut found = Named::new();
+    for index in 0..folder.len() {
+        if let Some(name) = stem(&folder.id(index)).strip_suffix(suffix) {
+            add(&mut found, name, folder.path(index))?;
+        }
+    }
+    Ok(found)
+}
+
+/// Adds a file, of which there must be one of each name: which of two is meant, nobody can tell.
+fn add(files: &mut Named, name: &str, path: PathBuf) -> Result<(), DataError> {
+    match files.insert(name.to_owned(), path.clone()) {
+        None => Ok(()),
+        Some(first) => Err(DataError::Ambiguous { name: name.to_owned(), first, second: path }),
+    }
 }
 
 fn stem(id: &str) -> String {
@@ -253,36 +268,30 @@ fn subfolder(root: &Path, names: &[&str]) -> Option<PathBuf> {
 }
 
 /// Images and maps of one folder, told apart by the ends of their names.
-fn side_by_side(
-    folder: &FolderSource,
-    kind: MapKind,
-    pairing: &Pairing,
-) -> (BTreeMap<String, PathBuf>, BTreeMap<String, PathBuf>) {
+fn side_by_side(folder: &FolderSource, kind: MapKind, pairing: &Pairing) -> Result<(Named, Named), DataError> {
     let given = [pairing.map_suffix.as_str()];
     let endings = if pairing.map_suffix.is_empty() { kind.endings() } else { &given };
-    let (mut images, mut maps) = (BTreeMap::new(), BTreeMap::new());
+    let (mut images, mut maps) = (Named::new(), Named::new());
     for index in 0..folder.len() {
         let (stem, path) = (stem(&folder.id(index)), folder.path(index));
         match endings.iter().find_map(|ending| stem.strip_suffix(ending)) {
-            Some(name) => {
-                maps.insert(name.to_owned(), path);
-            }
+            Some(name) => add(&mut maps, name, path)?,
             None => {
                 if let Some(name) = stem.strip_suffix(&pairing.image_suffix) {
-                    images.insert(name.to_owned(), path);
+                    add(&mut images, name, path)?;
                 }
             }
         }
     }
-    (images, maps)
+    Ok((images, maps))
 }
 
 fn read_list(path: &Path) -> Result<BTreeSet<String>, DataError> {
-    let unreadable = |reason: String| DataError::Unreadable { path: path.into(), reason };
-    let text = std::fs::read_to_string(path).map_err(|e| unreadable(e.to_string()))?;
+    let wrong = |reason: String| DataError::List { path: path.into(), reason };
+    let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
     let names: BTreeSet<String> =
         text.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect();
-    if names.is_empty() { Err(unreadable("the list is empty".into())) } else { Ok(names) }
+    if names.is_empty() { Err(wrong("no name in it".into())) } else { Ok(names) }
 }
 
 #[cfg(test)]
@@ -362,6 +371,12 @@ mod tests {
         fs::write(root.path().join("train.txt"), "2\n7\n").unwrap();
         let message = open(&voc, MapKind::Mask).unwrap_err().to_string();
         assert!(message.contains("`7` is listed") && message.contains("1 of 2"), "{message}");
+        fs::write(root.path().join("train.txt"), "\n").unwrap();
+        let error = open(&voc, MapKind::Mask).unwrap_err();
+        assert!(error.is_usage() && error.to_string().contains("train.txt`: no name in it\n\nhint: "), "{error}");
+        fs::remove_file(root.path().join("train.txt")).unwrap();
+        let error = open(&voc, MapKind::Mask).unwrap_err();
+        assert!(error.is_usage() && error.to_string().starts_with("data: list `"), "{error}");
 
         let root = folder(&[
             "leftImg8bit/train/ulm/ulm_0_leftImg8bit.png",
@@ -384,6 +399,24 @@ mod tests {
         let message = open(&pairing(&root, ""), MapKind::Depth).unwrap_err().to_string();
         assert!(message.contains("1 image(s) and 0 depth map(s)") && message.contains("`NAME-depth.png`"), "{message}");
         assert!(open(&pairing(&root, "nowhere"), MapKind::Mask).unwrap_err().is_usage());
+    }
+
+    #[test]
+    fn two_files_of_one_name_are_an_error_that_names_both() {
+        let mut seen = 0;
+        for (files, first, second) in [
+            (["img/a.jpg", "img/a.png", "mask/a.png"], "img/a.jpg", "img/a.png"),
+            (["img/a.jpg", "mask/a.png", "mask/a.tif"], "mask/a.png", "mask/a.tif"),
+            (["a.jpg", "a.png", "a-mask.png"], "a.jpg", "a.png"),
+        ] {
+            let root = folder(&files);
+            let error = open(&pairing(&root, ""), MapKind::Mask).unwrap_err();
+            let message = error.to_string();
+            let has = |part: &str| message.contains(&root.path().join(part).display().to_string());
+            assert!(error.is_usage() && has(first) && has(second), "{message}");
+            seen += 1;
+        }
+        assert_eq!(seen, 3);
     }
 
     #[test]

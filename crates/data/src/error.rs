@@ -112,6 +112,31 @@ pub enum DataError {
         /// What would be found beside an image.
         ending: &'static str,
     },
+    /// Two files of one name, of which only one can be meant.
+    #[error(
+        "there are two files called `{name}`: {} and {}\n\nhint: which of them is meant cannot be told; keep one, or tell them \
+         apart with `--image-suffix` and `--map-suffix`",
+        first.display(), second.display()
+    )]
+    Ambiguous {
+        /// Their path below the folder, without extension and suffix.
+        name: String,
+        /// The one.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+    /// A list of names to use is missing, cannot be read or is empty.
+    #[error(
+        "data: list `{}`: {reason}\n\nhint: a list is a text file with a name a line, without extension",
+        .path.display()
+    )]
+    List {
+        /// The list.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A list of names to use has one that is not there.
     #[error(
         "data: `{}`: `{name}` is listed, but there is no image and {noun} of that name ({missing} of {listed} names)",
@@ -178,6 +203,8 @@ impl DataError {
             | Self::BadSpec { .. }
             | Self::Pattern { .. }
             | Self::NoPairs { .. }
+            | Self::Ambiguous { .. }
+            | Self::List { .. }
             | Self::ListedButMissing { .. }
             | Self::Config { .. } => true,
             Self::Unreadable { .. } | Self::NothingReadable { .. } | Self::TooManyBad { .. } => false,

@@ -52,7 +52,7 @@ pub(crate) fn few_shot(
     let mut scores = Vec::new();
     for &shots in &few_shot.shots {
         let k = neighbors_of(shots, &config.k);
-        let config = KnnConfig { k: k.clone(), few_shot: None, skip_first: false, ..config.clone() };
+        let config = KnnConfig { k: k.clone(), few_shot: None, ..config.clone() };
         let mut by_draw = vec![Vec::with_capacity(few_shot.draws); k.len()];
         for draw in 0..few_shot.draws {
             let drawn = sample(train, shots, few_shot.seed, draw)?;

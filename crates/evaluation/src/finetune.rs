@@ -38,7 +38,8 @@ pub struct FinetuneConfig {
     pub learning_rate: f64,
     /// Factor of the learning rate per block, from the last block down to the patch embedding; 1 is none.
     pub layer_decay: f64,
-    /// Weight decay, of all but biases, norms and layer scales.
+    /// Weight decay, of all but biases, norms and layer scales; of a ConvNeXt also of the norms before its convolutions of
+    /// stride 2 and 4, which are not called norms.
     pub weight_decay: f64,
     /// Share of the iterations in which the learning rate rises.
     pub warmup: f64,

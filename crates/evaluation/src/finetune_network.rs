@@ -77,8 +77,11 @@ impl Classifier {
     /// Class scores of random crops under given draws.
     fn train_logits(&self, pixels: Tensor<4>, draws: &StochasticDraws) -> Tensor<2> {
         if self.patches {
+            let [_, _, height, width] = pixels.dims();
             let found = self.backbone.forward_train(pixels, None, CropGroup::Global, draws);
-            self.logits(found.cls, || found.patches)
+            // Those that central crops are scored by.
+            let patches = self.backbone.last_layer_patches(&found, (height, width));
+            self.logits(found.cls, || patches)
         } else {
             let found = self.backbone.forward_selected(pixels, None, CropGroup::Global, Some(draws), &[]);
             self.logits(found.cls, || unreachable!("CLS alone"))

@@ -160,6 +160,10 @@ impl KnnConfig {
             return Err(setting("temperature", self.temperature, "above 0 and finite"));
         }
         self.few_shot.as_ref().map_or(Ok(()), FewShot::check)?;
+        // Of a few samples of each class, a sample's nearest need not be itself.
+        if self.few_shot.is_some() && self.skip_first {
+            return Err(setting("skip_first", true, "false with few shots"));
+        }
         let available = train_rows - usize::from(self.skip_first);
         match distinct.last() {
             Some(&k) if k > available => Err(EvaluationError::TooFewNeighbors { k, available }),
@@ -299,6 +303,9 @@ mod tests {
         assert_eq!(run(KnnConfig::default()), EvaluationError::TooFewNeighbors { k: 200, available: 12 });
         let skipping = KnnConfig { k: vec![12], skip_first: true, ..Default::default() };
         assert_eq!(run(skipping), EvaluationError::TooFewNeighbors { k: 12, available: 11 });
+        let few_shot = Some(FewShot { shots: vec![2], draws: 3, seed: 0 });
+        let error = run(KnnConfig { k: vec![2], skip_first: true, few_shot, ..Default::default() });
+        assert!(error.to_string().starts_with("knn: `skip_first` is true"), "{error}");
         let wider = clustered(3, 5, 6, 1.0, 2);
         let config = KnnConfig { k: vec![2], ..Default::default() };
         let error = knn(&train, &wider, &test_source(), &config, &Device::flex()).unwrap_err();

@@ -23,6 +23,9 @@ use crate::{
 /// Batch size for which learning rates are stated.
 const REFERENCE_BATCH: f64 = 256.0;
 
+/// Most samples of an iteration: their features are side by side in memory.
+const LARGEST_BATCH: usize = 1 << 16;
+
 /// Settings of [`linear()`]. The defaults are the reference systems', but for the selection.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -201,8 +204,8 @@ impl LinearConfig {
         if self.iterations == 0 {
             return refuse("iterations", self.iterations.to_string(), "at least 1");
         }
-        if self.batch_size == 0 {
-            return refuse("batch_size", self.batch_size.to_string(), "at least 1");
+        if !(1..=LARGEST_BATCH).contains(&self.batch_size) {
+            return refuse("batch_size", self.batch_size.to_string(), "from 1 to 65536");
         }
         if !(0.0..1.0).contains(&self.momentum) {
             return refuse("momentum", self.momentum.to_string(), "at least 0 and below 1");
@@ -326,6 +329,7 @@ mod tests {
             ("learning_rates", LinearConfig { learning_rates: vec![0.1, f64::NAN], ..config() }),
             ("iterations", LinearConfig { iterations: 0, ..config() }),
             ("batch_size", LinearConfig { batch_size: 0, ..config() }),
+            ("batch_size", LinearConfig { batch_size: 100_000_000, ..config() }),
             ("momentum", LinearConfig { momentum: 1.0, ..config() }),
         ] {
             let error = run(&sets, &config).unwrap_err().to_string();

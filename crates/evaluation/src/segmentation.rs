@@ -147,11 +147,6 @@ fn class_scores([right, predicted, label]: [u64; 3]) -> ClassScores {
     }
 }
 
-/// Labels of a data set whose class 0 means "no class": 0 becomes `ignored`, every other class is moved down by one.
-pub fn reduce_zero_label(labels: &[u32], ignored: u32) -> Vec<u32> {
-    labels.iter().map(|&label| if label == 0 || label == ignored { ignored } else { label - 1 }).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,10 +198,5 @@ mod tests {
         assert_eq!(matrix.scores(), Err(EvaluationError::NoPixels { task: "segmentation" }));
         matrix.add(&[1], &[0]).unwrap();
         assert_eq!(matrix.scores().unwrap().mean_f_score, 0.0);
-    }
-
-    #[test]
-    fn reducing_moves_classes_down_and_keeps_what_is_ignored() {
-        assert_eq!(reduce_zero_label(&[0, 1, 150, 255], 255), [255, 0, 149, 255]);
     }
 }

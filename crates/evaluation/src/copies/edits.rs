@@ -8,7 +8,7 @@ use std::sync::Arc;
 use dinoxide_augmentation::{
     Blur, BlurKind, ColorOp, CropBox, RgbImage, brightness, contrast, horizontal_flip, saturation,
 };
-use dinoxide_data::{ReadError, Source};
+use dinoxide_data::{DecodeError, ReadError, Source};
 use dinoxide_random::{ChaCha8Rng, Purpose, stream};
 use image::codecs::jpeg::JpegEncoder;
 use image::{ImageFormat, Rgb};
@@ -135,6 +135,9 @@ fn rotated(image: &RgbImage, angle: f64) -> RgbImage {
     })
 }
 
+/// The largest side of a JPEG.
+const JPEG_SIDE: u32 = u16::MAX as u32;
+
 /// Written as JPEG and read again.
 fn recompressed(image: &RgbImage, quality: u8) -> RgbImage {
     let mut bytes = Vec::new();
@@ -166,6 +169,12 @@ impl Source for Edited {
         let edit = Edit::ALL.iter().position(|edit| *edit == self.edit).expect("one of all");
         let counter = (index * edits + edit) as u64;
         let image = self.source.read(index)?;
+        let (width, height) = image.dimensions();
+        // All edits are refused, so that they are made of the same images.
+        if width.max(height) > JPEG_SIDE {
+            let detail = format!("of {width} × {height} px, the most is {JPEG_SIDE} px a side");
+            return Err(ReadError { id: self.id(index), reason: DecodeError::Unsupported { format: "JPEG", detail } });
+        }
         Ok(self.edit.apply(&image, &mut stream(self.seed, Purpose::Evaluation, draws::COPIES, counter)))
     }
 
@@ -232,6 +241,39 @@ mod tests {
             }
         }
         assert_eq!(seen, 24);
+    }
+
+    /// One image, longer than a JPEG can be.
+    struct Long;
+
+    impl Source for Long {
+        fn len(&self) -> usize {
+            1
+        }
+
+        fn id(&self, _: usize) -> String {
+            "long.png".into()
+        }
+
+        fn read(&self, _: usize) -> Result<RgbImage, ReadError> {
+            Ok(RgbImage::new(JPEG_SIDE + 1, 2))
+        }
+
+        fn label(&self, _: usize) -> Option<u32> {
+            None
+        }
+
+        fn classes(&self) -> &[String] {
+            &[]
+        }
+    }
+
+    #[test]
+    fn an_image_that_is_too_large_for_a_jpeg_is_left_out_by_name() {
+        for edit in [Edit::Jpeg, Edit::Strong, Edit::Flip] {
+            let error = Edited { source: Arc::new(Long), edit, seed: 0 }.read(0).unwrap_err().to_string();
+            assert!(error.contains("long.png") && error.contains("65536 × 2 px"), "{error}");
+        }
     }
 
     #[test]

@@ -61,6 +61,9 @@ pub struct Encoder<'a> {
     stride: usize,
 }
 
+/// Most pixels of the shorter side of a resized image. One that is twice as long has 1.6 gigabytes then.
+const LONGEST_SIDE: usize = 1 << 14;
+
 impl<'a> Encoder<'a> {
     /// An encoder.
     ///
@@ -79,8 +82,10 @@ impl<'a> Encoder<'a> {
                 "a window of {window} px is not a multiple of the patch size {stride}\n\nhint: {near} is one"
             ));
         }
-        if config.short_px == Some(0) {
-            return refused("images cannot be resized to a shorter side of 0 px".into());
+        if let Some(short) = config.short_px.filter(|short| !(1..=LONGEST_SIDE).contains(short)) {
+            return refused(format!(
+                "images cannot be resized to a shorter side of {short} px: 1 to {LONGEST_SIDE} are possible"
+            ));
         }
         let channels = architecture.in_channels();
         if channels != 3 {
@@ -123,9 +128,14 @@ impl<'a> Encoder<'a> {
         }
     }
 
+    /// The width and height in which an image of this width and height is seen.
+    pub fn fitted_size(&self, size: (u32, u32)) -> (u32, u32) {
+        fitted_size(size, self.config.short_px, self.stride)
+    }
+
     /// The image at the size in which it is seen: proportions kept but for rounding to whole patches.
     pub fn fitted(&self, image: &RgbImage, resizer: &mut Resizer) -> RgbImage {
-        let size = fitted_size(image.dimensions(), self.config.short_px, self.stride);
+        let size = self.fitted_size(image.dimensions());
         if size == image.dimensions() { image.clone() } else { resizer.resize(image, size) }
     }
 
@@ -143,7 +153,7 @@ impl<'a> Encoder<'a> {
     pub fn tokens(&self, image: &RgbImage) -> Result<TokenGrid, EvaluationError> {
         let found = self.backbone.forward_layers(self.pixels(image), &self.layers, true);
         let (width, height) = (image.width() as usize, image.height() as usize);
-        // Stages of a ConvNeXt have grids of their own; all go to the finest.
+        // Without a patch size, stages of a ConvNeXt have grids of their own; all go to the finest.
         let grids: Vec<(usize, usize)> =
             found.iter().map(|layer| grid_of(layer.patches.dims()[1], (height, width))).collect();
         let finest = grids.iter().copied().max().expect("at least one block");
@@ -363,5 +373,6 @@ pub(crate) mod tests {
         );
         assert!(refused(&TokenGridConfig { last_blocks: 3, ..config(16) }).contains("last 3 blocks"));
         assert!(refused(&TokenGridConfig { short_px: Some(0), ..config(16) }).contains("0 px"));
+        assert!(refused(&TokenGridConfig { short_px: Some(100_000), ..config(16) }).contains("100000 px: 1 to 16384"));
     }
 }

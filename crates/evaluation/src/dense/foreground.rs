@@ -119,7 +119,7 @@ pub fn foreground(
                 continue;
             }
         };
-        let iou = |figure: &[bool]| iou(figure, &truth, void);
+        let iou = |figure: &[bool]| iou(figure, &truth);
         let predicted: Vec<bool> = head.predict(encoder, &image)?.iter().map(|&class| class == 1).collect();
         linear += iou(&predicted);
         everything += iou(&vec![true; truth.len()]);
@@ -183,7 +183,7 @@ impl Choice {
             let truth = at_patches(&labels, image.dimensions(), (grid.rows, grid.columns));
             for (head, attention) in attention_of(encoder, &fitted).into_iter().enumerate() {
                 of_heads.resize(of_heads.len().max(head + 1), 0.0);
-                of_heads[head] += iou(&holding(&attention, ATTENTION_MASS), &truth, classes.void);
+                of_heads[head] += iou(&holding(&attention, ATTENTION_MASS), &truth);
             }
             truths.push((index, truth));
         }
@@ -201,7 +201,7 @@ impl Choice {
                 let threshold = sign * all[(2 * i + 1) * all.len() / (2 * THRESHOLDS)];
                 let of = coordinates.iter().zip(&truths).map(|(coordinates, (_, truth))| {
                     let figure: Vec<bool> = coordinates.iter().map(|c| sign * c > threshold).collect();
-                    iou(&figure, truth, classes.void)
+                    iou(&figure, truth)
                 });
                 let score = of.sum::<f64>();
                 if score > best.0 {
@@ -274,9 +274,9 @@ fn at_patches(labels: &[u32], (width, height): (u32, u32), (rows, columns): (usi
         .collect()
 }
 
-/// Intersection over union of a figure with the places of label 1; places of label `void` do not count. 1 if both are empty.
-pub(super) fn iou(figure: &[bool], truth: &[u32], void: u32) -> f64 {
-    let pairs = || figure.iter().zip(truth).filter(|(_, truth)| **truth != void);
+/// Intersection over union of a figure with the places of label 1; those of no class do not count. 1 if both are empty.
+pub(super) fn iou(figure: &[bool], truth: &[u32]) -> f64 {
+    let pairs = || figure.iter().zip(truth).filter(|(_, truth)| **truth != Classes::VOID);
     let both = pairs().filter(|(figure, truth)| **figure && **truth == 1).count();
     let union = pairs().filter(|(figure, truth)| **figure || **truth == 1).count();
     if union == 0 { 1.0 } else { both as f64 / union as f64 }
@@ -303,8 +303,8 @@ mod tests {
 
     #[test]
     fn overlap_by_hand() {
-        assert_eq!(iou(&[true, true, false, true], &[1, 0, 1, 9], 9), 1.0 / 3.0);
-        assert_eq!(iou(&[false, true], &[0, 9], 9), 1.0);
+        assert_eq!(iou(&[true, true, false, true], &[1, 0, 1, Classes::VOID]), 1.0 / 3.0);
+        assert_eq!(iou(&[false, true], &[0, Classes::VOID]), 1.0);
         assert_eq!(at_patches(&[0, 1, 2, 3, 4, 5, 6, 7], (4, 2), (1, 2)), [5, 7]);
     }
 

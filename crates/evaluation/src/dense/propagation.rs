@@ -111,7 +111,8 @@ impl<'a> Propagation<'a> {
         }
         let context: Vec<&Labeled> = std::iter::once(&self.first).chain(&self.recent).collect();
         let labels = carried(&self.config, &tokens, &context, self.labels);
-        let mask = hardened(&labels, grid, self.labels, self.encoder.stride(), image.dimensions());
+        let fitted = self.encoder.fitted_size(image.dimensions());
+        let mask = hardened(&labels, grid, self.labels, fitted, image.dimensions());
         if self.config.context > 0 {
             if self.recent.len() == self.config.context {
                 self.recent.pop_front();
@@ -185,8 +186,14 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 /// The label of each pixel: soft labels are resized to the pixels of the fitted frame, each label's are stretched to 0..1
 /// over the frame, the largest wins, and the frame gets its own size by nearest neighbours.
-fn hardened(soft: &[f32], grid: (usize, usize), labels: usize, stride: usize, (width, height): (u32, u32)) -> Vec<u16> {
-    let fitted = (grid.0 * stride, grid.1 * stride);
+fn hardened(
+    soft: &[f32],
+    grid: (usize, usize),
+    labels: usize,
+    fitted: (u32, u32),
+    (width, height): (u32, u32),
+) -> Vec<u16> {
+    let fitted = (fitted.1 as usize, fitted.0 as usize);
     let resize = Bilinear::new(grid, fitted, labels);
     let rows: Vec<Vec<f32>> = resize.map(soft, <[f32]>::to_vec);
     let range: Vec<(f32, f32)> = (0..labels)

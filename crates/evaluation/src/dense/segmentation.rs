@@ -15,14 +15,14 @@ use super::head::{HeadConfig, Outputs};
 use super::heads::Head;
 use super::scratch::{Scratch, Span, StoredGrid};
 use crate::EvaluationError;
-use crate::segmentation::{ConfusionMatrix, reduce_zero_label};
+use crate::segmentation::ConfusionMatrix;
 
 /// What the ids of a mask mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Classes {
     /// Classes; their ids are 0 and up.
     pub count: usize,
-    /// The id of pixels that are neither trained on nor scored.
+    /// The id, in the files, of pixels that are neither trained on nor scored.
     pub void: u32,
     /// How ids are read.
     pub ids: Ids,
@@ -40,7 +40,21 @@ pub enum Ids {
 }
 
 impl Classes {
-    /// The mask of an image of `size = (width, height)`, its ids checked: a class for each pixel, or `void`.
+    /// What [`read`](Self::read) gives for pixels of no class, whatever their ids: those of `void`, and of 0 where classes
+    /// begin at 1.
+    pub const VOID: u32 = u16::MAX as u32;
+
+    /// The class of an id, if it has one.
+    pub fn class(&self, id: u32) -> Option<u32> {
+        match self.ids {
+            _ if id == self.void => None,
+            Ids::Classes => Some(id),
+            Ids::FromOne => id.checked_sub(1),
+            Ids::FigureGround => Some(id.min(1)),
+        }
+    }
+
+    /// The mask of an image of `size = (width, height)`, its ids checked: a class for each pixel, or [`VOID`](Self::VOID).
     ///
     /// # Errors
     /// `Ok(Err)` if the file cannot be read; an error if its size is another or an id is no class.
@@ -56,42 +70,35 @@ impl Classes {
         };
         let wrong = |message: String| EvaluationError::Annotation { id: source.id(index), message };
         same_size(&mask, size).map_err(wrong)?;
-        let mut labels: Vec<u32> = mask.values.into_iter().map(u32::from).collect();
-        match self.ids {
-            Ids::Classes => {}
-            Ids::FromOne => labels = reduce_zero_label(&labels, self.void),
-            Ids::FigureGround => labels.iter_mut().filter(|id| **id != self.void).for_each(|id| *id = (*id).min(1)),
-        }
-        let known = |label: u32| label == self.void || (label as usize) < self.count;
-        if let Some(at) = labels.iter().position(|&label| !known(label)) {
+        let known = |class: u32| class != Self::VOID && (class as usize) < self.count;
+        let class = |&id: &u16| self.class(u32::from(id));
+        if let Some(at) = mask.values.iter().position(|id| class(id).is_some_and(|class| !known(class))) {
             let (x, y) = (at % size.0 as usize, at / size.0 as usize);
-            let from_one = self.ids == Ids::FromOne;
-            let (count, void, id) = (self.count, self.void, labels[at] + u32::from(from_one));
-            let few = if from_one { " after 0, which is none" } else { "" };
+            let few = if self.ids == Ids::FromOne { " after 0, which is none" } else { "" };
+            let (count, void, id) = (self.count, self.void, mask.values[at]);
             return Err(wrong(format!(
                 "the mask has id {id} at column {x}, row {y}; there are {count} classes{few}, and void is {void}\n\n\
                  hint: if {id} is void, say so with `--void {id}`; if it is a class, with `--classes`"
             )));
         }
+        let labels = mask.values.iter().map(|id| class(id).unwrap_or(Self::VOID)).collect();
         Ok(Ok(labels))
     }
 
-    /// How many classes the masks of a source have: the highest id that is not `void`, plus one. Masks that cannot be read
+    /// How many classes the masks of a source have: the highest, plus one. Masks that cannot be read
     /// are passed over, they are reported when they are used.
     ///
     /// # Errors
-    /// If there is no id but `void`.
+    /// If no pixel has a class.
     pub fn count_in(source: &AnnotatedSource, void: u32, ids: Ids) -> Result<usize, EvaluationError> {
-        let skip_zero = ids == Ids::FromOne;
+        let classes = Self { count: 0, void, ids };
         let highest = (0..source.len())
             .into_par_iter()
             .filter_map(|index| {
-                let values = source.mask(index).ok()?.values.into_iter().map(u32::from);
-                values.filter(|&id| id != void && !(skip_zero && id == 0)).max()
+                source.mask(index).ok()?.values.into_iter().filter_map(|id| classes.class(id.into())).max()
             })
             .max();
-        let count = highest.map(|id| id as usize + usize::from(!skip_zero));
-        count.ok_or(EvaluationError::NoPixels { task: "segmentation" })
+        highest.map(|class| class as usize + 1).ok_or(EvaluationError::NoPixels { task: "segmentation" })
     }
 }
 
@@ -144,7 +151,7 @@ impl SegmentationHead {
                         let area = scaled(window, fitted.dimensions(), image.dimensions());
                         let part = cut(&labels, image.width(), area);
                         // Windows without a class have nothing to teach.
-                        if part.iter().all(|&label| u32::from(label) == classes.void) {
+                        if part.iter().all(|&label| u32::from(label) == Classes::VOID) {
                             continue;
                         }
                         stored.labels.push((scratch.push(&part)?, (area.height as usize, area.width as usize)));
@@ -203,7 +210,7 @@ pub fn validate(
     classes: Classes,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Validated, EvaluationError> {
-    let mut confusion = ConfusionMatrix::new(classes.count, classes.void);
+    let mut confusion = ConfusionMatrix::new(classes.count, Classes::VOID);
     let (mut images, mut rejected) = (0, Vec::new());
     for index in 0..source.len() {
         match read(source, index, classes)? {
@@ -301,7 +308,7 @@ fn batch_loss(
             let bilinear = Bilinear::new(part.grid, to, classes.count);
             let gradient = bilinear.gradient(part.values, |pixel, scores, gradient| {
                 let label = u32::from(truth[pixel]);
-                if label == classes.void {
+                if label == Classes::VOID {
                     gradient.fill(0.0);
                     return;
                 }
@@ -354,8 +361,10 @@ mod tests {
             .iter()
             .map(|(h, w)| (0..h * w * 3).map(|i| ((i * i) as f32 * 0.7 + *h as f32).sin() * 3.0).collect())
             .collect();
-        let truth: Vec<Vec<u16>> =
-            sizes.iter().map(|(h, w)| (0..h * w).map(|i| [0, 2, 7, 1][(i * i / 3 + h) % 4]).collect()).collect();
+        let truth: Vec<Vec<u16>> = sizes
+            .iter()
+            .map(|(h, w)| (0..h * w).map(|i| [0, 2, Classes::VOID as u16, 1][(i * i / 3 + h) % 4]).collect())
+            .collect();
         let mut scratch = Scratch::new().unwrap();
         let labels: Vec<(Span, (usize, usize))> =
             truth.iter().zip(sizes).map(|(truth, size)| (scratch.push(truth).unwrap(), size)).collect();
@@ -371,8 +380,9 @@ mod tests {
                 Tensor::<3>::from_data(TensorData::new(part.values.to_vec(), [1, h * w, 3]), &device).require_grad();
             let scores = resize_tokens(leaf.clone(), (h, w), (height, width), Filter::Bilinear, false);
             let truth = &truth[part.image];
-            let chosen: Vec<i32> = truth.iter().map(|&label| i32::from(label % 7)).collect();
-            let weight: Vec<f32> = truth.iter().map(|&label| f32::from(u8::from(label != 7))).collect();
+            let chosen: Vec<i32> = truth.iter().map(|&label| i32::from(label % 5)).collect();
+            let weight: Vec<f32> =
+                truth.iter().map(|&label| f32::from(u8::from(u32::from(label) != Classes::VOID))).collect();
             let chosen = Tensor::<3, Int>::from_data(TensorData::new(chosen, [1, height * width, 1]), &device);
             let weight = Tensor::<3>::from_data(TensorData::new(weight, [1, height * width, 1]), &device);
             let loss = (log_softmax(scores, 2).gather(2, chosen) * weight).sum().neg().div_scalar(pixels);
@@ -494,6 +504,30 @@ mod tests {
     }
 
     #[test]
+    fn ids_become_classes_and_none_is_taken_for_void() {
+        let classes = |void, ids| Classes { count: 9, void, ids };
+        let mut cases = 0;
+        for (classes, id, class) in [
+            (classes(255, Ids::Classes), 0, Some(0)),
+            (classes(255, Ids::Classes), 255, None),
+            (classes(255, Ids::FromOne), 0, None),
+            (classes(255, Ids::FromOne), 1, Some(0)),
+            (classes(255, Ids::FromOne), 255, None),
+            // The class that is called as void is, once classes begin at 0.
+            (classes(5, Ids::FromOne), 6, Some(5)),
+            (classes(5, Ids::FromOne), 5, None),
+            (classes(70_000, Ids::FromOne), 0, None),
+            (classes(7, Ids::FigureGround), 7, None),
+            (classes(7, Ids::FigureGround), 0, Some(0)),
+            (classes(7, Ids::FigureGround), 200, Some(1)),
+        ] {
+            assert_eq!(classes.class(id), class, "{classes:?} {id}");
+            cases += 1;
+        }
+        assert_eq!(cases, 11);
+    }
+
+    #[test]
     fn masks_that_do_not_fit_are_refused_with_their_place() {
         let pairing = Pairing { images: "synthetic:images=14,size=16x24".into(), ..Pairing::default() };
         let source = AnnotatedSource::open(&pairing, MapKind::Mask, &DecodeLimits::default()).unwrap();
@@ -504,7 +538,7 @@ mod tests {
         assert!(message.contains("the mask has id 4 at column") && message.contains("3 classes"), "{message}");
         let reduced = Classes { count: 12, void: 255, ids: Ids::FromOne };
         let labels = reduced.read(&source, 3, (24, 16)).unwrap().unwrap();
-        assert!(labels.contains(&3) && labels.contains(&255) && !labels.contains(&0));
+        assert!(labels.contains(&3) && labels.contains(&Classes::VOID) && !labels.contains(&0));
         assert_eq!(Classes::count_in(&source, 255, Ids::FromOne).unwrap(), 12);
         assert_eq!(Classes::count_in(&source, 12, Ids::Classes).unwrap(), 12);
     }

@@ -95,10 +95,10 @@ pub fn silhouettes(
             let Some(target) = reader.read(*target)? else { continue };
             let (mut carried, mut still) = (0.0, 0.0);
             for source in &of {
-                carried += iou(&transferred(source, &target), &target.labels, void);
-                still += iou(&left_in_place(source, target.size), &target.labels, void);
+                carried += iou(&transferred(source, &target), &target.labels);
+                still += iou(&left_in_place(source, target.size), &target.labels);
             }
-            let everything = iou(&vec![true; target.labels.len()], &target.labels, void);
+            let everything = iou(&vec![true; target.labels.len()], &target.labels);
             let count = of.len() as f64;
             values.extend([carried / count, still / count, everything].map(|score| 100.0 * score as f32));
             pairs += of.len();

@@ -59,11 +59,13 @@ fn old(config: &Value, is_v3: bool) -> Box<Run> {
         let [decay, decay_end] = ["weight_decay", "weight_decay_end"].map(|key| number(&cfg, key));
         let [momentum, momentum_end] = ["momentum_teacher", "final_momentum_teacher"].map(|key| number(teacher, key));
         let [cold, warm] = ["warmup_teacher_temp", "teacher_temp"].map(|key| number(teacher, key));
+        let teacher_temp = curve([cold, warm, warm], steps(number(teacher, "warmup_teacher_temp_epochs")));
         Schedule {
             lr: curve([0.0, peak, number(&cfg, "min_lr")], steps(number(&cfg, "warmup_epochs"))),
             weight_decay: curve([decay, decay, decay_end], 0),
             teacher_momentum: curve([momentum, momentum, momentum_end], 0),
-            teacher_temp: curve([cold, warm, warm], steps(number(teacher, "warmup_teacher_temp_epochs"))),
+            teacher_patch_temp: teacher_temp.clone(),
+            teacher_temp,
             freeze_steps: steps(number(&cfg, "freeze_last_layer_epochs")),
             total,
             freeze_backbone_steps: 0,
@@ -98,6 +100,7 @@ fn blocks(config: &Value) -> Box<Run> {
             weight_decay: block(&cfg["weight_decay"], &config, 1.0),
             teacher_momentum: block(&cfg["momentum"], &config, 1.0),
             teacher_temp: block(&cfg["teacher_temp"], &config, 1.0),
+            teacher_patch_temp: block(&cfg["teacher_temp"], &config, 1.0),
             freeze_steps: (freeze * count(&config, "epoch_length") as f64) as u64,
             total: count(&config, "total_iters"),
             freeze_backbone_steps: 0,
