@@ -124,7 +124,7 @@ fn vit(tensors: &Tensors, hints: &Hints) -> Result<(Architecture, Vec<String>), 
         mask_k_bias: qkv_bias && (hints.mask_k_bias || has("attn.qkv.bias_mask")),
         layer_scale_init: has("ls1.gamma").then_some(1e-5),
         norm: if tensors.contains_key("norm.bias") { NormKind::LayerNorm } else { NormKind::RmsNorm },
-        norm_eps: hints.norm_eps.unwrap_or(if rope.is_some() { 1e-5 } else { 1e-6 }),
+        norm_eps: hints.norm_eps.unwrap_or(assumed_norm_eps(rope.is_some())),
         register_tokens: registers,
         mask_token: tensors.contains_key("mask_token"),
         learned,
@@ -183,12 +183,17 @@ fn convnext(tensors: &Tensors, hints: &Hints) -> Result<(Architecture, Vec<Strin
         dims,
         depths,
         layer_scale_init: tensors.contains_key("stages.0.0.gamma").then_some(1e-6),
-        norm_eps: hints.norm_eps.unwrap_or(1e-6),
+        norm_eps: hints.norm_eps.unwrap_or(assumed_norm_eps(false)),
         patch_size: None,
         drop_path_rate: 0.0,
         drop_path: DropPathKind::PerSample,
     };
     Ok((Architecture::ConvNext(config), Vec::new()))
+}
+
+/// The epsilon of norms that a format without a word on it stands for: that of the references' models.
+pub(crate) fn assumed_norm_eps(rope: bool) -> f64 {
+    if rope { 1e-5 } else { 1e-6 }
 }
 
 #[cfg(test)]

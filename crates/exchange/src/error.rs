@@ -51,6 +51,15 @@ pub enum ExchangeError {
         /// What it cannot express.
         reason: String,
     },
+    /// A folder with no weights in it.
+    #[error(
+        "{}: a folder without `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin` or `teacher.safetensors`",
+        folder.display()
+    )]
+    NoWeights {
+        /// The folder.
+        folder: PathBuf,
+    },
     /// An output that is in the way.
     #[error("{}: {reason}\n\nhint: give another `--output`", path.display())]
     Output {
@@ -75,7 +84,7 @@ impl ExchangeError {
     pub fn is_usage(&self) -> bool {
         match self {
             Self::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
-            Self::Inexpressible { .. } | Self::Output { .. } => true,
+            Self::Inexpressible { .. } | Self::Output { .. } | Self::NoWeights { .. } => true,
             Self::Unreadable { .. } | Self::Assembly { .. } | Self::Fingerprint { .. } => false,
         }
     }

@@ -12,6 +12,7 @@ use dinoxide_model::weights::{
 };
 use dinoxide_model::{Architecture, Backbone, Fingerprint};
 
+use crate::architecture::assumed_norm_eps;
 use crate::{ExchangeError, Tensors, hugging_face, load, pytorch, reference, timm};
 
 /// What to write.
@@ -62,6 +63,9 @@ pub fn export(
         Format::Timm => timm::adjust(&mut architecture, &mut tensors, &mut notes),
     }
     .map_err(inexpressible)?;
+    if let Format::Meta | Format::Timm = format {
+        notes.extend(norm_note(&architecture, format));
+    }
 
     let assembly = |source: AssemblyError| ExchangeError::Assembly { path: path.to_owned(), source };
     let adjusted = assemble(&architecture, tensors, &burn::tensor::Device::flex()).map_err(assembly)?;
@@ -122,7 +126,11 @@ pub fn export(
 }
 
 /// Refuses what would be overwritten by something of another kind, before the work is done.
-fn check_output(format: Format, path: &Path) -> Result<(), ExchangeError> {
+/// That a file or folder can be written at `path`.
+///
+/// # Errors
+/// [`ExchangeError::Output`]: what is in the way.
+pub fn check_output(format: Format, path: &Path) -> Result<(), ExchangeError> {
     let refuse = |reason: &str| Err(ExchangeError::Output { path: path.to_owned(), reason: reason.to_owned() });
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
     if parent.is_some_and(|parent| !parent.is_dir()) {
@@ -145,6 +153,24 @@ fn parameters(backbone: &Backbone) -> Tensors {
     tensors
         .retain(|name, _| name != "rope_embed.periods" && !name.ends_with(".bias_mask") && !name.starts_with("norms."));
     tensors
+}
+
+/// Files of tensors alone do not say the epsilon of their norms; what to do where it is not the usual one.
+fn norm_note(architecture: &Architecture, format: Format) -> Option<String> {
+    let (eps, rope) = match architecture {
+        Architecture::Vit(config) => (config.norm_eps, config.rope.is_some()),
+        Architecture::ConvNext(config) => (config.norm_eps, false),
+    };
+    let assumed = assumed_norm_eps(rope);
+    (eps != assumed).then(|| {
+        let argument = match format {
+            Format::Timm => format!(": create the model with `norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps:e})`"),
+            _ => String::new(),
+        };
+        format!(
+            "the norms have epsilon {eps:e}, which the file does not say and models of this kind build with {assumed:e}{argument}"
+        )
+    })
 }
 
 /// What the repositories cannot express, or express without a mask for the keys' bias.

@@ -16,7 +16,7 @@ mod source;
 mod timm;
 
 pub use error::ExchangeError;
-pub use export::{Format, export};
+pub use export::{Format, check_output, export};
 pub use load::{Loaded, Verdict, load};
 
 use std::collections::BTreeMap;

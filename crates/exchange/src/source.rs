@@ -132,21 +132,19 @@ impl Source {
     fn open_folder(folder: &Path) -> Result<Self, ExchangeError> {
         let index = folder.join("model.safetensors.index.json");
         let single = ["model.safetensors", "pytorch_model.bin", STATE].map(|name| folder.join(name));
+        let teacher = folder.join("teacher.safetensors");
         let mut source = if let Some(path) = single.iter().find(|path| path.is_file()) {
             let mut source = Self::open_file(path)?;
             source.container = format!("folder with {}", source.container);
             source
         } else if index.is_file() {
             Self::open_shards(folder, &index)?
+        } else if teacher.is_file() {
+            let mut source = Self::open_file(&teacher)?;
+            source.container = format!("run directory with {}", source.container);
+            source
         } else {
-            let mut reason =
-                "a folder without `model.safetensors`, `model.safetensors.index.json` or `pytorch_model.bin`"
-                    .to_owned();
-            let teacher = folder.join("teacher.safetensors");
-            if teacher.is_file() {
-                reason += &format!("\n\nhint: this is a run directory; its weights are `{}`", teacher.display());
-            }
-            return Err(ExchangeError::unreadable(folder, reason));
+            return Err(ExchangeError::NoWeights { folder: folder.to_owned() });
         };
         source.configure(folder)?;
         Ok(source)

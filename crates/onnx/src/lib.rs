@@ -38,6 +38,10 @@ const IR_VERSION: i64 = 8;
 /// that output where it is above 1.
 pub const TOLERANCE: f32 = 1e-4;
 
+/// Most patches of an image of a fixed size. The file is run on one before it is kept, and runtimes keep whole maps of
+/// attention: a gigabyte for each head at this number.
+const MOST_PATCHES: usize = 1 << 14;
+
 /// No protobuf message may be longer, so no ONNX file without data beside it.
 const LONGEST_FILE: u64 = i32::MAX as u64;
 
@@ -187,6 +191,19 @@ pub enum OnnxError {
         "onnx: the backbone's features of random images are not finite, so there is nothing to compare a file with"
     )]
     NotFinite,
+    /// An image of more patches than attention can be computed for.
+    #[error(
+        "onnx: an image of {height}×{width} px has {patches} patches, at most {MOST_PATCHES} are possible\n\n\
+         hint: give a smaller `--image-size`, or `dynamic`"
+    )]
+    TooManyPatches {
+        /// Height in pixels.
+        height: usize,
+        /// Width in pixels.
+        width: usize,
+        /// Their number.
+        patches: usize,
+    },
     /// The file cannot be run.
     #[error("{}: the graph does not run: {reason}", path.display())]
     Runtime {
@@ -220,7 +237,7 @@ pub enum OnnxError {
 impl OnnxError {
     /// Whether the request is at fault, rather than the weights or the system.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Model(_) | Self::Channels { .. })
+        matches!(self, Self::Model(_) | Self::Channels { .. } | Self::TooManyPatches { .. })
     }
 }
 
@@ -262,6 +279,13 @@ fn model(backbone: &Backbone, description: &Description, options: &Options) -> R
         }
         if !mean.iter().all(|m| m.is_finite()) || !std.iter().all(|s| s.is_finite() && *s > 0.0) {
             return Err(OnnxError::Normalization { mean, std });
+        }
+    }
+    if let ImageSize::Fixed { height, width } = options.size {
+        let (rows, columns) = architecture.grid(height, width)?;
+        let patches = rows.saturating_mul(columns);
+        if patches > MOST_PATCHES {
+            return Err(OnnxError::TooManyPatches { height, width, patches });
         }
     }
     let parameters: usize = parameters::shapes(backbone).iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();

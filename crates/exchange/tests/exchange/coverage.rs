@@ -7,7 +7,7 @@ use dinoxide_exchange::{Format, export};
 use dinoxide_model::weights::{DESCRIPTION_KEY, Weight, WeightFile, backbone_file};
 use tempfile::TempDir;
 
-use crate::support::{backbone, contents, description, dinov2, dinov3, open, refusal};
+use crate::support::{backbone, contents, description, dino, dinov2, dinov3, open, refusal};
 
 /// A weight file of ours, changed.
 fn written(change: impl FnOnce(&mut WeightFile)) -> (TempDir, PathBuf) {
@@ -150,12 +150,14 @@ fn a_file_without_a_fingerprint_loads_with_a_note() {
 #[test]
 fn folders_and_old_files_say_what_to_do() {
     let place = tempfile::tempdir().expect("a folder");
-    assert_eq!(
-        refusal(place.path()),
-        "a folder without `model.safetensors`, `model.safetensors.index.json` or `pytorch_model.bin`"
-    );
-    fs::write(place.path().join("teacher.safetensors"), "").expect("written");
-    assert!(refusal(place.path()).ends_with("teacher.safetensors`"));
+    let error = dinoxide_exchange::load(place.path(), &burn::tensor::Device::flex()).expect_err("no weights");
+    assert!(error.is_usage() && error.to_string().contains("a folder without `model.safetensors`"), "{error}");
+    // The directory of a run stands for its weights.
+    let backbone = backbone(dino(), 4);
+    let written = backbone_file(&backbone, &description(&backbone)).write(&place.path().join("teacher.safetensors"));
+    written.expect("written");
+    let loaded = open(place.path()).expect("a backbone");
+    assert!(loaded.format.contains("run directory"), "{}", loaded.format);
     let old = place.path().join("old.pth");
     fs::write(&old, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.").expect("written");
     assert_eq!(

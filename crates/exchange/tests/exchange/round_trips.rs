@@ -147,6 +147,31 @@ fn changes_that_a_format_makes_are_noted() {
 }
 
 #[test]
+fn norms_that_a_file_of_tensors_does_not_tell_are_noted() {
+    let mut cases = 0;
+    for (name, mut architecture) in architectures() {
+        let (eps, rope) = match &mut architecture {
+            Architecture::Vit(config) => (&mut config.norm_eps, config.rope.is_some()),
+            Architecture::ConvNext(config) => (&mut config.norm_eps, false),
+        };
+        // The usual one of the other kind.
+        *eps = if rope { 1e-6 } else { 1e-5 };
+        let text = format!("epsilon {:e}", *eps);
+        let backbone = backbone(architecture, 7);
+        for format in FORMATS {
+            let place = tempfile::tempdir().expect("a folder");
+            let notes = export(&backbone, &description(&backbone), format, &place.path().join("out"));
+            let notes = notes.expect("an export").join("\n");
+            let expected = matches!(format, Format::Timm | Format::Meta);
+            assert_eq!(notes.contains(&text), expected, "{name} as {}: {notes}", format.name());
+            assert_eq!(notes.contains("norm_layer="), format == Format::Timm, "{name} as {}: {notes}", format.name());
+            cases += 1;
+        }
+    }
+    assert_eq!(cases, 24);
+}
+
+#[test]
 fn what_a_format_cannot_express_is_refused_and_nothing_is_left() {
     let rope = |change: &dyn Fn(&mut dinoxide_model::config::RopeConfig)| {
         let mut config = dinov3();
