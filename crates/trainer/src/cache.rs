@@ -9,7 +9,9 @@
 //!   tokens-000000.safetensors     `cls [n, 2, D]` and `patches [n, 2, P, D]` of positions 0 to n − 1, and so on
 //! ```
 
-use std::fs;
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,8 +24,12 @@ use dinoxide_model::weights::{host, write_atomically};
 use dinoxide_model::{Architecture, Precision};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::{
+    Dtype, SafeTensors,
+    tensor::{Metadata, TensorView},
+};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::batch::{Batch, TeacherTokens};
 use crate::error::TrainError;
@@ -73,8 +79,11 @@ impl Manifest {
             local_crops: default.local_crops,
             local_crop_size: default.local_crop_size,
             local_crop_scale: default.local_crop_scale,
-            gram_crop_size: default.gram_crop_size,
-            gram_crop_distorted: default.gram_crop_distorted,
+            // With a larger crop for the Gram teacher, the global crop is made from it.
+            gram_crop_distorted: match config.augmentation.gram_crop_size {
+                0 => default.gram_crop_distorted,
+                _ => config.augmentation.gram_crop_distorted,
+            },
             blur: [config.augmentation.blur[0], config.augmentation.blur[1], default.blur[2]],
             ..config.augmentation.clone()
         };
@@ -102,8 +111,11 @@ impl Manifest {
             match (wanted.as_object(), has.as_object()) {
                 _ if wanted == has || enough => {}
                 (Some(wanted), Some(has)) => differences.extend(
-                    wanted.iter().filter(|(inner, value)| has.get(*inner) != Some(value)).map(|(inner, value)| {
-                        format!("  `{key}.{inner}` is {} in the cache, {value} in the run", has[inner])
+                    // Backbones of two kinds do not have the same keys.
+                    wanted.keys().chain(has.keys()).collect::<BTreeSet<_>>().into_iter().filter_map(|inner| {
+                        let of = |table: &serde_json::Map<String, Value>| table.get(inner).cloned().unwrap_or_default();
+                        let (wanted, has) = (of(wanted), of(has));
+                        (wanted != has).then(|| format!("  `{key}.{inner}` is {has} in the cache, {wanted} in the run"))
                     }),
                 ),
                 _ => differences.push(format!("  `{key}` is {has} in the cache, {wanted} in the run")),
@@ -142,6 +154,34 @@ fn shard_path(directory: &Path, shard: u64) -> PathBuf {
     directory.join(format!("tokens-{shard:06}.safetensors"))
 }
 
+/// The positions of a shard, out of so many.
+fn positions_of(shard: u64, positions: u64) -> std::ops::Range<u64> {
+    shard * SHARD..((shard + 1) * SHARD).min(positions)
+}
+
+/// Whether a file is all there: its header says how long it is, and of how many samples. `Err` is in words.
+fn check_shard(path: &Path, samples: u64) -> Result<(), String> {
+    const LONGEST_HEADER: u64 = 1 << 20;
+    let io = |e: std::io::Error| e.to_string();
+    let mut file = File::open(path).map_err(io)?;
+    let length = file.metadata().map_err(io)?.len();
+    let mut start = [0; 8];
+    file.read_exact(&mut start).map_err(io)?;
+    let header = u64::from_le_bytes(start);
+    if header > LONGEST_HEADER {
+        return Err(format!("its header would have {header} bytes"));
+    }
+    let mut json = vec![0; header as usize];
+    file.read_exact(&mut json).map_err(io)?;
+    let metadata: Metadata = serde_json::from_slice(&json).map_err(|e| e.to_string())?;
+    let expected = 8 + header + metadata.data_len() as u64;
+    if length != expected {
+        return Err(format!("it has {length} bytes, its header says {expected}"));
+    }
+    let found = metadata.info("cls").and_then(|cls| cls.shape.first().copied()).unwrap_or(0) as u64;
+    if found < samples { Err(format!("it is of {found} samples, {samples} are needed")) } else { Ok(()) }
+}
+
 /// What became of writing a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Written {
@@ -149,6 +189,8 @@ pub struct Written {
     pub interrupted: bool,
     /// Samples whose tokens are there.
     pub positions: u64,
+    /// Of these, samples whose tokens were there before.
+    pub kept: u64,
     /// Size of all of them on the disk.
     pub bytes: u64,
 }
@@ -168,6 +210,9 @@ pub fn write(
 ) -> Result<Written, TrainError> {
     let config = &recipe.value;
     check_device(config, device)?;
+    if directory.is_file() {
+        return Err(TrainError::Recipe(format!("{} is a file, and a cache is a folder", directory.display())));
+    }
     let source = config.data.open()?;
     let Some(teacher) = Pretrained::teacher(config, device)? else {
         return Err(TrainError::Recipe("`distillation.teacher` is empty: there is nothing to write a cache of".into()));
@@ -184,14 +229,16 @@ pub fn write(
         write_atomically(&path, &text).map_err(TrainError::io(&path))?;
     }
     let shards = manifest.positions.div_ceil(SHARD);
-    let of = |shard: u64| shard * SHARD..((shard + 1) * SHARD).min(manifest.positions);
-    let mut written = Written { interrupted: false, positions: 0, bytes: 0 };
+    let mut written = Written { interrupted: false, positions: 0, kept: 0, bytes: 0 };
     let frozen = teacher.frozen(true, config.train.precision);
     for shard in 0..shards {
         let path = shard_path(directory, shard);
-        let positions = of(shard);
+        let positions = positions_of(shard, manifest.positions);
         let count = positions.end - positions.start;
-        if !path.exists() {
+        // One that is damaged is written again.
+        if check_shard(&path, count).is_ok() {
+            written.kept += count;
+        } else {
             if stop.load(Ordering::Relaxed) {
                 written.interrupted = true;
                 break;
@@ -214,7 +261,7 @@ fn tokens_of(
     teacher: &FrozenTeacher,
     device: &Device,
 ) -> Result<Vec<u8>, TrainError> {
-    let augmentation = AugmentationConfig { local_crops: 0, gram_crop_size: 0, ..config.augmentation.clone() };
+    let augmentation = AugmentationConfig { local_crops: 0, ..config.augmentation.clone() };
     let mut loader = samples(config, augmentation, source, positions.start, SHARD as usize)?;
     let (mut cls, mut patches) = (Vec::new(), Vec::new());
     let mut counts = (0, 0);
@@ -251,6 +298,10 @@ fn halves(values: Tensor<1>) -> Vec<f16> {
     host(values).into_iter().map(|value| f16::from_f32(value.clamp(-largest, largest))).collect()
 }
 
+fn damaged(path: &Path, reason: &str) -> TrainError {
+    misfit(KEY, format!("{}: {reason}\n\nhint: `dinoxide cache` writes what is missing or damaged", path.display()))
+}
+
 /// A cache that is being read, in the order in which it was written.
 pub(crate) struct Cache {
     directory: PathBuf,
@@ -280,7 +331,12 @@ impl Cache {
     ) -> Result<Option<Self>, TrainError> {
         let Some(teacher) = teacher.filter(|_| !config.distillation.cache.is_empty()) else { return Ok(None) };
         let directory = PathBuf::from(&config.distillation.cache);
-        Manifest::of(config, samples, teacher)?.check(&directory)?;
+        let manifest = Manifest::of(config, samples, teacher)?;
+        manifest.check(&directory)?;
+        for shard in 0..manifest.positions.div_ceil(SHARD) {
+            let (path, positions) = (shard_path(&directory, shard), positions_of(shard, manifest.positions));
+            check_shard(&path, positions.end - positions.start).map_err(|reason| damaged(&path, &reason))?;
+        }
         Ok(Some(Self { directory, device: device.clone(), shard: None }))
     }
 
@@ -316,9 +372,7 @@ impl Cache {
         if self.shard.as_ref().is_none_or(|(known, _)| *known != number) {
             let path = shard_path(&self.directory, number);
             let read = fs::read(&path).map_err(|e| e.to_string()).and_then(|bytes| Shard::read(&bytes));
-            let shard = read.map_err(|reason| {
-                misfit(KEY, format!("{}: {reason}\n\nhint: `dinoxide cache` writes what is missing", path.display()))
-            })?;
+            let shard = read.map_err(|reason| damaged(&path, &reason))?;
             self.shard = Some((number, shard));
         }
         Ok(&self.shard.as_ref().expect("it was read").1)
@@ -341,5 +395,37 @@ impl Shard {
             return Err(format!("`patches` is {shape:?}, not [samples, 2, patches, width]"));
         };
         Ok(Self { cls, patches, tokens, dim })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dinoxide_model::ModelConfig;
+
+    #[test]
+    fn backbones_of_two_kinds_differ_in_keys_that_one_of_them_lacks() {
+        let manifest = |arch: &str| {
+            let model: ModelConfig =
+                toml::from_str(&format!("arch = \"{arch}\"\nmask_token = false")).expect("a table");
+            Manifest {
+                architecture: model.resolve(224).expect("a backbone"),
+                teacher_crc32: 7,
+                source: "photos".into(),
+                samples: 9,
+                seed: 0,
+                precision: Precision::Fp32,
+                crops: AugmentationConfig::default(),
+                positions: 40,
+            }
+        };
+        let (vit, convnext) = (manifest("vit_tiny"), manifest("convnext_tiny"));
+        assert_eq!(vit.differences(&manifest("vit_tiny")), [""; 0]);
+        for (wanted, has) in [(&vit, &convnext), (&convnext, &vit)] {
+            let differences = wanted.differences(has).join("\n");
+            for key in ["architecture.family", "architecture.depths", "architecture.num_heads"] {
+                assert!(differences.contains(&format!("`{key}` is ")), "{differences}");
+            }
+        }
     }
 }

@@ -34,7 +34,8 @@ pub struct LossConfig {
     /// Weight of the DINO loss; within it every (student crop, teacher crop) pair counts the same. 0 leaves out the CLS
     /// tokens' heads and targets, and the local crops.
     pub dino_weight: f64,
-    /// Further factor of the pairs with local crops; 0 leaves out the local crops.
+    /// Further factor of the pairs with local crops; 0 leaves out the local crops, as `augmentation.local_crops = 0` does:
+    /// the pairs of global crops are then all there are, and share the whole of `dino_weight`.
     pub local_weight: f64,
     /// Leaves out the pairs of a global crop with itself.
     pub ignore_diagonal: bool,
@@ -88,7 +89,7 @@ pub struct GramConfig {
     /// Weight of the loss; 0 leaves it out.
     pub weight: f64,
     /// Whose similarities: `ema`, the run's own teacher as it is; `snapshot`, a copy of it that is kept from `refresh_from`
-    /// on; else a file or folder with weights.
+    /// on; else weights of any supported format, or a run directory.
     pub teacher: String,
     /// From this step on, a snapshot is kept, or the weights from a file may be replaced.
     pub refresh_from: Duration,
@@ -104,7 +105,7 @@ pub struct GramConfig {
     pub negatives: Negatives,
     /// Which tokens are compared.
     pub tokens: GramTokens,
-    /// How the teacher's tokens are brought to the student's grid.
+    /// How a teacher's tokens are brought to the student's grid: here, and in `[loss.features]`.
     pub resize: Filter,
     /// Whether that is antialiased.
     pub antialias: bool,
@@ -129,7 +130,7 @@ impl Default for GramConfig {
 }
 
 /// The `[loss.features]` table: the student's tokens are matched with those of `distillation.teacher`, which then needs no
-/// heads. Grids of another size are brought to the student's.
+/// heads. Grids of another size are brought to the student's, as `loss.gram.resize` says.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FeatureConfig {

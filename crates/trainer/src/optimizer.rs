@@ -17,7 +17,7 @@ use crate::schedule::Scheduled;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Clip {
-    /// Backbone and heads, each by itself (DINOv2, DINOv3).
+    /// Backbone, heads and projectors, each by itself (DINOv2, DINOv3).
     Submodule,
     /// Each parameter tensor by itself (DINO, iBOT).
     Parameter,
@@ -155,7 +155,8 @@ impl AdamW {
 
     /// One step: clips the gradients and moves the weights. `norms` are theirs.
     ///
-    /// A parameter that got no gradient has gradient zero: its moments fade and it is decayed.
+    /// A parameter that got no gradient has gradient zero: its moments fade and it is decayed. But fixed norms of prototypes
+    /// stay as they are.
     pub fn step<M: Module>(&mut self, network: M, mut gradients: Gradients, norms: &Norms, at: &Scheduled) -> M {
         let Self { config, groups, moments } = self;
         let submodules = norms.by_submodule();

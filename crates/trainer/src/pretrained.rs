@@ -253,7 +253,8 @@ fn is_free(key: &str, recipe: &Value, given: &Value) -> bool {
     drops.contains(&key) || initial || added
 }
 
-fn described_differences(recipe: &Architecture, given: &Architecture) -> Vec<String> {
+/// Each difference that changes what weights compute, one line.
+pub(crate) fn described_differences(recipe: &Architecture, given: &Architecture) -> Vec<String> {
     let leaves = |architecture: &Architecture| {
         let mut leaves = BTreeMap::new();
         collect("", &serde_json::to_value(architecture).expect("plain data"), &mut leaves);

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::duration::Duration;
 use crate::error::TrainError;
-use crate::loss::{EMA, GramTokens, LossConfig};
+use crate::loss::{EMA, GramTokens, LossConfig, SNAPSHOT};
 use crate::optimizer::OptimConfig;
 use crate::pretrained::{DistillationConfig, InitConfig, Take};
 use crate::schedule::{Form, Schedule, ScheduleConfig};
@@ -23,7 +23,7 @@ use crate::stages::Stage;
 pub struct RunConfig {
     /// Where tensors live: `cpu`, `cuda:0`, `vulkan:0`, `wgpu:0`, `metal`.
     pub device: String,
-    /// A line in `metrics.jsonl` every so many steps.
+    /// A line in `metrics.jsonl` every so often, and for the first and the last step.
     pub log_every: Duration,
     /// A checkpoint every so often, and at the end.
     pub checkpoint_every: Duration,
@@ -55,8 +55,8 @@ pub struct TrainConfig {
     pub seed: u64,
     /// In what matrix products are computed, in student and teachers: `"fp32"`, or `"bf16"`, which rounds their operands
     /// and results to bfloat16; weights, sums, losses and the optimizer stay in single precision. Slow or out of memory on
-    /// a GPU, or a CPU with matrix units (AMX: Intel's Xeon from 2023 on): `"bf16"`. On other CPUs it gains nothing, and is
-    /// good for trying out what it does to a run. It is no part of `[efficiency]` because it changes results by more than the
+    /// a GPU, or a CPU with matrix units (AMX: Intel's Xeon from 2023 on): `"bf16"`. On other CPUs it is no
+    /// faster, takes less memory, and shows what it does to a run. It is no part of `[efficiency]` because it changes results by more than the
     /// order of sums.
     pub precision: Precision,
     /// A head of their own for patch tokens (DINOv3, long recipes of DINOv2), configured by `[ibot_head]`.
@@ -104,9 +104,9 @@ pub struct EvalConfig {
     pub every: Duration,
     /// Images whose classes are known to the classifier; empty: those trained on, if they have classes.
     pub train: String,
-    /// Images to classify; empty: every tenth of `train`, which the classifier then does not know.
+    /// Images to classify; empty: every tenth of each class of `train`, which the classifier then does not know.
     pub val: String,
-    /// At most so many images of `train`, evenly spread; 0: all.
+    /// So many images of `train`, evenly spread, and one of each class that they miss; 0: all.
     pub max_train: usize,
     /// Neighbours.
     pub k: usize,
@@ -228,6 +228,14 @@ impl Recipe {
             ));
         }
         let schedule = Schedule::new(&self.schedule, &self.loss.gram, steps, batch, samples).map_err(invalid)?;
+        let refresh = &schedule.gram_refresh;
+        if refresh.snapshot && refresh.from >= steps && steps > 0 {
+            return Err(invalid(format!(
+                "`loss.gram.refresh_from` is \"{}\", which is step {}, and the run has {steps}: no step would have a Gram \
+                 teacher\n\nhint: lower it, or set `loss.gram.weight = 0`",
+                self.loss.gram.refresh_from, refresh.from
+            )));
+        }
         let every = |key: &str, duration: Duration| match duration.steps(batch, samples) {
             0 => Err(invalid(format!("`{key}` \"{duration}\" is not a single step of {batch} images"))),
             steps => Ok(steps),
@@ -249,6 +257,10 @@ impl Recipe {
             let mut sizes = vec![("global_crop_size", choice.global_crop_size)];
             if choice.local_crops > 0 {
                 sizes.push(("local_crop_size", choice.local_crop_size));
+            }
+            // A Gram teacher from a file has a patch size of its own, which is known when it is read.
+            if choice.gram_crop_size > 0 && self.loss.gram.teacher == SNAPSHOT {
+                sizes.push(("gram_crop_size", choice.gram_crop_size));
             }
             for (key, size) in sizes {
                 backbone.grid(size, size).map_err(|e| TrainError::Recipe(format!("`{prefix}{key}`: {e}")))?;
@@ -314,6 +326,14 @@ impl Recipe {
                  those out"
                     .into(),
             );
+        }
+        let from_file = gram.teacher != EMA && gram.teacher != SNAPSHOT;
+        if from_file && gram.refresh_from != Duration::ZERO && gram.refresh_every == Duration::ZERO {
+            return invalid(format!(
+                "`loss.gram.refresh_from` is \"{}\" and `loss.gram.refresh_every` 0: the weights of {} are never \
+                 replaced\n\nhint: set `loss.gram.refresh_every`, or `loss.gram.refresh_from = \"0 steps\"`",
+                gram.refresh_from, gram.teacher
+            ));
         }
         if gram.max_refreshes > 0 && gram.refresh_every == Duration::ZERO {
             return invalid(format!(
@@ -491,11 +511,22 @@ impl Recipe {
         if loss.dino_weight == 0.0 && loss.ibot_weight == 0.0 && !loss.features.is_used() {
             return invalid("`loss.dino_weight` and `loss.ibot_weight` are both 0, and so are the weights in `[loss.features]`: nothing would be learned".into());
         }
+        if self.schedule.teacher_patch_temp.is_some() && loss.ibot_weight == 0.0 {
+            return invalid(
+                "`schedule.teacher_patch_temp` is set and `loss.ibot_weight` is 0: there are no targets for patches\n\nhint: \
+                 leave it out"
+                    .into(),
+            );
+        }
         let temps = &self.schedule.teacher_temp;
+        let patch_temps = self.schedule.teacher_patch_temp.as_ref().unwrap_or(temps);
         let temps = [
             ("schedule.teacher_temp.start", temps.start),
             ("schedule.teacher_temp.peak", temps.peak),
             ("schedule.teacher_temp.end", temps.end),
+            ("schedule.teacher_patch_temp.start", patch_temps.start),
+            ("schedule.teacher_patch_temp.peak", patch_temps.peak),
+            ("schedule.teacher_patch_temp.end", patch_temps.end),
         ];
         let temps = temps.into_iter().chain([
             ("loss.student_temp", loss.student_temp),

@@ -105,9 +105,11 @@ pub(crate) fn go(
     let steps = runs[0].plan.steps;
     let locals = runs.iter().map(|run| run.config.local_crops()).max().expect("at least one run");
     let mut batches = Batches::new(shared, locals, source, step)?;
+    // Masks are of a grid of patches. Runs that have a use for them have that of their teacher, others may have another.
+    let masked = runs.iter().position(|run| run.config.loss.ibot_weight > 0.0).unwrap_or(0);
     runs.iter_mut().for_each(|run| run.start_window(0.0));
     while step < steps && !stop.load(Ordering::Relaxed) {
-        let (mut batch, drawn) = batches.next(&runs[0].plan.backbone, runs[0].device)?;
+        let (mut batch, drawn) = batches.next(&runs[masked].plan.backbone, runs[masked].device)?;
         for (i, run) in runs.iter_mut().enumerate().filter(|(_, run)| run.state.step == step) {
             run.record(&drawn, &mut |event| watch(i, event))?;
         }

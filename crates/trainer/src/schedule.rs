@@ -157,6 +157,9 @@ pub struct ScheduleConfig {
     pub teacher_momentum: CurveConfig,
     /// Temperature of the teacher's targets. Unstable: lower `peak`, lengthen `warmup`.
     pub teacher_temp: CurveConfig,
+    /// Temperature of its targets for patches, where it is another (iBOT's command line; its recipes have one for both).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher_patch_temp: Option<CurveConfig>,
     /// For how long the prototypes stay as they are.
     pub freeze_last_layer: Duration,
     /// For how long the backbone stays as it is, while the heads learn: for a run that starts from trained weights.
@@ -165,13 +168,15 @@ pub struct ScheduleConfig {
     pub loss: LossFactors,
 }
 
-/// The `[schedule.loss]` table: a curve for each weight in `[loss]`, which it multiplies; 1 throughout unless set.
+/// The `[schedule.loss]` table: a curve for each weight in `[loss]` itself and for that of
+/// `[loss.gram]`, which it multiplies; 1 throughout unless set.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossFactors {
     /// Of `loss.dino_weight`.
     pub dino: CurveConfig,
-    /// Of `loss.local_weight`.
+    /// Of `loss.local_weight`. Where it is 0 the local crops are still counted, other than with a weight of 0: the pairs of
+    /// global crops keep their share.
     pub local: CurveConfig,
     /// Of `loss.ibot_weight`.
     pub ibot: CurveConfig,
@@ -212,6 +217,7 @@ impl Default for ScheduleConfig {
             weight_decay: curve(0.04, 0.04, 0.4, Duration::ZERO),
             teacher_momentum: curve(0.992, 0.992, 1.0, Duration::ZERO),
             teacher_temp: curve(0.04, 0.07, 0.07, Duration::Epochs(30.0)),
+            teacher_patch_temp: None,
             freeze_last_layer: Duration::Epochs(1.0),
             freeze_backbone: Duration::ZERO,
             loss: LossFactors::default(),
@@ -279,8 +285,10 @@ pub struct Schedule {
     pub weight_decay: Curve,
     /// Momentum of the teacher.
     pub teacher_momentum: Curve,
-    /// Temperature of the teacher.
+    /// Temperature of the teacher's CLS targets.
     pub teacher_temp: Curve,
+    /// Temperature of its patch targets.
+    pub teacher_patch_temp: Curve,
     /// Steps in which the prototypes stay as they are.
     pub freeze_steps: u64,
     /// Steps in which the backbone stays as it is.
@@ -340,6 +348,10 @@ impl Schedule {
             lr: curve("lr", &config.lr, factor, end_factor)?,
             weight_decay: curve("weight_decay", &config.weight_decay, 1.0, 1.0)?,
             teacher_momentum: curve("teacher_momentum", &config.teacher_momentum, 1.0, 1.0)?,
+            teacher_patch_temp: match &config.teacher_patch_temp {
+                Some(patch_temp) => curve("teacher_patch_temp", patch_temp, 1.0, 1.0)?,
+                None => curve("teacher_temp", &config.teacher_temp, 1.0, 1.0)?,
+            },
             teacher_temp: curve("teacher_temp", &config.teacher_temp, 1.0, 1.0)?,
             freeze_steps: steps(config.freeze_last_layer),
             freeze_backbone_steps: steps(config.freeze_backbone),
@@ -356,17 +368,15 @@ impl Schedule {
 
     /// The values of a step, counted from 0.
     pub fn at(&self, step: u64) -> Scheduled {
-        let lr = self.lr.at(step);
-        let teacher_temp = self.teacher_temp.at(step);
         Scheduled {
             step,
-            lr,
+            lr: self.lr.at(step),
             last_layer_frozen: step < self.freeze_steps,
             backbone_frozen: step < self.freeze_backbone_steps,
             weight_decay: self.weight_decay.at(step),
             teacher_momentum: self.teacher_momentum.at(step),
-            teacher_temp,
-            teacher_patch_temp: teacher_temp,
+            teacher_temp: self.teacher_temp.at(step),
+            teacher_patch_temp: self.teacher_patch_temp.at(step),
             refresh_gram_teacher: self.gram_refresh.is_due(step + 1),
         }
     }
@@ -483,6 +493,22 @@ mod tests {
         let found: Vec<f64> = [0, 1, 3, 4, 9].map(|step| schedule.losses_at(&losses, step).gram.weight).into();
         assert_eq!(found, [0.0, 0.5, 1.5, 2.0, 2.0]);
         assert_eq!(schedule.losses_at(&losses, 3).koleo_weight, 0.3);
+    }
+
+    #[test]
+    fn patches_have_the_temperature_of_cls_unless_they_have_their_own() {
+        let mut config = ScheduleConfig::default();
+        config.lr.warmup = Duration::ZERO;
+        config.teacher_temp.warmup = Duration::Steps(4);
+        let at = |config: &ScheduleConfig, step| {
+            let schedule = Schedule::new(config, &GramConfig::default(), 10, 3, 30).expect("it fits");
+            (schedule.at(step).teacher_temp, schedule.at(step).teacher_patch_temp)
+        };
+        assert_eq!(at(&config, 0), (0.04, 0.04));
+        assert_eq!(at(&config, 7), (0.07, 0.07));
+        config.teacher_patch_temp = Some(CurveConfig::constant(0.05));
+        assert_eq!(at(&config, 0), (0.04, 0.05));
+        assert_eq!(at(&config, 7), (0.07, 0.05));
     }
 
     #[test]

@@ -115,12 +115,12 @@ impl Row {
 /// Names that are missing, doubled or no name of a folder, and stages that set what the recipe does not have.
 pub fn plan(recipe: &Resolved<Recipe>, directory: &Path) -> Result<Vec<Planned>, TrainError> {
     let mut planned: Vec<Planned> = Vec::new();
-    for Stage { name, set } in &recipe.value.stages {
+    for (index, Stage { name, set }) in recipe.value.stages.iter().enumerate() {
         check_name("stage", name, &planned)?;
         let before = planned.last().map(|stage| start_from(&stage.directory.display().to_string(), true));
         planned.push(Planned {
             name: name.clone(),
-            recipe: laid_over("stage", recipe, name, before, set)?,
+            recipe: laid_over("stage", recipe, name, stage_table(recipe, index, before), set)?,
             directory: directory.join(name),
         });
     }
@@ -135,7 +135,7 @@ pub fn students(recipe: &Resolved<Recipe>, directory: &Path) -> Result<Vec<Plann
     let mut planned: Vec<Planned> = Vec::new();
     for Stage { name, set } in &recipe.value.students {
         check_name("student", name, &planned)?;
-        let student = laid_over("student", recipe, name, None, set)?;
+        let student = laid_over("student", recipe, name, toml::Table::new(), set)?;
         let (own, all) = (&student.value, &recipe.value);
         // What is left is what the batches, the teacher and the length of the run depend on.
         let shared = Recipe {
@@ -189,14 +189,26 @@ pub fn students(recipe: &Resolved<Recipe>, directory: &Path) -> Result<Vec<Plann
 pub fn alone(recipe: &Resolved<Recipe>, directory: &Path, name: &str, init: &str) -> Result<Planned, TrainError> {
     plan(recipe, directory)?;
     let stages = &recipe.value.stages;
-    let Some(stage) = stages.iter().find(|stage| stage.name == name) else {
+    let Some(index) = stages.iter().position(|stage| stage.name == name) else {
         let names: Vec<String> = stages.iter().map(|stage| format!("`{}`", stage.name)).collect();
         let list = if names.is_empty() { "it has no stages".into() } else { format!("it has {}", names.join(", ")) };
         return Err(TrainError::Recipe(format!("there is no stage `{name}`: {list}")));
     };
     let before = start_from(init, is_run(Path::new(init)));
-    let recipe = laid_over("stage", recipe, name, Some(before), &stage.set)?;
+    let recipe = laid_over("stage", recipe, name, stage_table(recipe, index, Some(before)), &stages[index].set)?;
     Ok(Planned { name: name.to_owned(), recipe, directory: directory.join(name) })
+}
+
+/// What a stage has besides what it sets: where it starts, and a seed of its own, without which it would draw the order, crops
+/// and masks of the stage before it again.
+fn stage_table(recipe: &Resolved<Recipe>, index: usize, before: Option<toml::Table>) -> toml::Table {
+    let mut table = before.unwrap_or_default();
+    if index > 0 {
+        let seed = recipe.value.train.seed.wrapping_add(index as u64) & i64::MAX as u64;
+        let train = [("seed".to_owned(), toml::Value::from(seed as i64))];
+        table.insert("train".to_owned(), toml::Value::Table(train.into_iter().collect()));
+    }
+    table
 }
 
 /// The table that starts a stage from `path`.
@@ -223,16 +235,17 @@ fn laid_over(
     what: &str,
     recipe: &Resolved<Recipe>,
     name: &str,
-    before: Option<toml::Table>,
+    own: toml::Table,
     set: &toml::Table,
 ) -> Result<Resolved<Recipe>, TrainError> {
     if let Some(key) = ["stages", "students"].into_iter().find(|key| set.contains_key(*key)) {
         return Err(TrainError::Recipe(format!("{what} `{name}` has {key} of its own, which is not possible")));
     }
     let text = |table: &toml::Table| toml::to_string(table).expect("it was read from TOML");
-    let mut layers = Vec::new();
-    layers.extend(before.map(|table| (format!("{what} `{name}`"), text(&table))));
-    layers.push((format!("{what} `{name}`, set"), text(set)));
-    layers.push((format!("{what} `{name}`"), "stages = []\nstudents = []".to_owned()));
+    let layers = [
+        (format!("{what} `{name}`"), text(&own)),
+        (format!("{what} `{name}`, set"), text(set)),
+        (format!("{what} `{name}`"), "stages = []\nstudents = []".to_owned()),
+    ];
     recipe.laid_over(&layers).map_err(|e| TrainError::Recipe(e.to_string()))
 }

@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use burn::tensor::{Device, FloatDType};
-use dinoxide_model::{Precision, Projector};
+use dinoxide_model::{Precision, Projector, parameters};
 use dinoxide_random::{Purpose, stream};
 
 use crate::checkpoint;
 use crate::error::TrainError;
 use crate::loss::{EMA, SNAPSHOT};
 use crate::network::Network;
-use crate::pretrained::{Pretrained, Take, misfit};
+use crate::pretrained::{Pretrained, Take, described_differences, is_run, misfit};
 use crate::recipe::{Plan, Recipe};
 use crate::step::TrainState;
 use crate::targets::FrozenTeacher;
@@ -34,6 +34,15 @@ pub(crate) fn initial(
 ) -> Result<Initial, TrainError> {
     check_device(config, device)?;
     let mut notes = Vec::new();
+    if config.init.take == Take::State && !is_run(Path::new(&config.init.from)) {
+        return Err(misfit(
+            "init.take",
+            format!(
+                "\"state\", and {} is not the directory of a run\n\nhint: `init.take = \"weights\"` takes weights alone",
+                config.init.from
+            ),
+        ));
+    }
     let init = match config.init.from.as_str() {
         "" => None,
         from => Some(Pretrained::open("init.from", from, device)?),
@@ -69,13 +78,16 @@ pub(crate) fn initial(
                 misfit("augmentation.gram_crop_size", format!("the Gram teacher {} cannot see it: {e}", gram.teacher))
             })?;
         }
-        if plan.schedule.gram_refresh.every > 0 && backbone.architecture() != plan.backbone {
+        let differences = described_differences(&plan.backbone, &backbone.architecture());
+        let shapes = (parameters::shapes(&backbone), parameters::shapes(&state.teacher.backbone));
+        if plan.schedule.gram_refresh.every > 0 && (!differences.is_empty() || shapes.0 != shapes.1) {
             return Err(misfit(
                 "loss.gram.refresh_every",
                 format!(
-                    "the Gram teacher {} has another backbone than the run, whose teacher is to replace it\n\nhint: set \
+                    "the Gram teacher {} has another backbone than the run, whose teacher is to replace it{}\n\nhint: set \
                      `loss.gram.refresh_every = \"0 steps\"`",
-                    gram.teacher
+                    gram.teacher,
+                    differences.iter().map(|line| format!("\n{line}")).collect::<String>()
                 ),
             ));
         }

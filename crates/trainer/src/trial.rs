@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache::Cache;
 use crate::clock::peak_bytes;
+use crate::duration::Duration;
 use crate::error::TrainError;
 use crate::event::Event;
 use crate::monitor::Monitor;
@@ -100,16 +101,42 @@ fn architecture(recipe: &Recipe) -> Result<Architecture, TrainError> {
     resolved.map_err(|e| TrainError::Recipe(e.to_string()))
 }
 
-/// The recipe with this much of it, from fresh weights, which take the same time and memory as any others.
+/// The recipe with this much of it, from fresh weights, which take the same time and memory as any others, and with every step
+/// like those that take the most: nothing frozen, every loss there from the start. No weight moves, so nothing can diverge.
 ///
 /// # Errors
-/// A recipe that does not fit together.
+/// A recipe that does not fit together, or has no step.
 pub fn reduced(recipe: &Resolved<Recipe>, extent: Extent) -> Result<Resolved<Recipe>, TrainError> {
     let (config, whole) = (&recipe.value, Extent::of(&recipe.value)?);
+    if config.train.length == Duration::ZERO {
+        return Err(TrainError::Recipe("`train.length` is \"0 steps\": there is nothing to plan for".into()));
+    }
     let mut text = String::from(
         "stages = []\nstudents = []\ninit = { from = \"\", take = \"weights\" }\nrun.log_every = \"1 steps\"\n\
-         run.checkpoint_every = \"1000000000 steps\"\neval.every = \"0 steps\"\n",
+         run.checkpoint_every = \"1000000000 steps\"\neval.every = \"0 steps\"\n\
+         schedule.freeze_last_layer = \"0 steps\"\nschedule.freeze_backbone = \"0 steps\"\n\
+         loss.gram = { refresh_from = \"0 steps\", refresh_every = \"0 steps\", max_refreshes = 0 }\n",
     );
+    let schedule = &config.schedule;
+    let curves = [
+        ("lr", Some(&schedule.lr), Some(0.0)),
+        ("weight_decay", Some(&schedule.weight_decay), None),
+        ("teacher_momentum", Some(&schedule.teacher_momentum), None),
+        ("teacher_temp", Some(&schedule.teacher_temp), None),
+        ("teacher_patch_temp", schedule.teacher_patch_temp.as_ref(), None),
+    ];
+    let factors = schedule.loss.named().map(|(name, curve)| (format!("loss.{name}"), Some(curve), Some(1.0)));
+    let curves = curves.map(|(name, curve, value)| (name.to_owned(), curve, value)).into_iter().chain(factors);
+    for (name, curve, value) in curves.filter_map(|(name, curve, value)| Some((name, curve?, value))) {
+        text += &format!("schedule.{name}.warmup = \"0 steps\"\n");
+        // A length that is not there is that of the run.
+        if curve.cosine.is_some() {
+            text += &format!("schedule.{name}.cosine = \"0 steps\"\n");
+        }
+        for part in ["start", "peak", "end"] {
+            text += &value.map_or(String::new(), |value| format!("schedule.{name}.{part} = {value:?}\n"));
+        }
+    }
     if extent.blocks != whole.blocks {
         text += &match architecture(config)? {
             Architecture::Vit(_) => format!("model.depth = {}\n", extent.blocks),
@@ -243,9 +270,25 @@ mod tests {
         let mut again = small;
         again.model.depth = None;
         (again.train, again.loss) = (vit.value.train.clone(), vit.value.loss.clone());
+        again.schedule = vit.value.schedule.clone();
         (again.efficiency, again.run, again.eval) =
             (vit.value.efficiency.clone(), vit.value.run.clone(), vit.value.eval.clone());
         assert_eq!(again, vit.value);
+
+        // Whatever is as long as some epochs fits into a run whose batches are smaller, and every step does all that there is.
+        let late = recipe(
+            "train = { length = \"40 steps\", batch_size = 30 }\nefficiency.micro_batches = 15\nschedule.form = \"blocks\"\n\
+             schedule.lr = { warmup = \"1 epochs\", cosine = \"10 steps\" }\nschedule.teacher_temp.warmup = \"0 steps\"\n\
+             schedule.freeze_last_layer = \"20 steps\"\nschedule.loss.gram = { start = 0.0, warmup = \"20 steps\" }\n\
+             loss.gram = { weight = 2.0, teacher = \"snapshot\", refresh_from = \"30 steps\", refresh_every = \"5 steps\" }",
+        );
+        let small = reduced(&late, Extent { blocks: 2, parts: 1 }).expect("a recipe").value;
+        let schedule = small.plan(1000).expect("a recipe that fits together").schedule;
+        let first = schedule.at(0);
+        assert!(!first.last_layer_frozen && first.lr == 0.0 && schedule.gram_refresh.is_due(0));
+        assert_eq!(schedule.losses_at(&small.loss, 0).gram.weight, 2.0);
+        let none = recipe("train.length = \"0 steps\"");
+        assert!(reduced(&none, Extent { blocks: 2, parts: 1 }).is_err());
 
         let conv = recipe("model = { arch = \"convnext_tiny\", depths = [2, 4, 9, 4] }");
         assert_eq!(Extent::of(&conv.value).expect("an extent").blocks, 9);
