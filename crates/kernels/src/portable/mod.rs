@@ -1,5 +1,5 @@
 //! The operations made of tensor operations, with a hand-written backward: what GPUs run, and the CPU wherever `flex` has no
-//! fused version, under `bf16` above all.
+//! fused version.
 //!
 //! Left to automatic differentiation, the [`composed`](crate::composed) definitions keep the result of almost every one of
 //! their steps until the backward pass, the maps of attention `[B, heads, N, N]` three times over. Here each operation keeps
