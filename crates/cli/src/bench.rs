@@ -6,8 +6,10 @@ use clap::Subcommand;
 use dinoxide_trainer::measure::{Measured, measure};
 use dinoxide_trainer::step::Timings;
 
+use crate::recipes::StepFlags;
 use crate::table::{bytes, count, table};
-use crate::{Usage, allocator, device, recipes, terminal};
+use crate::train::usage;
+use crate::{Usage, allocator, device, terminal};
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -17,12 +19,8 @@ pub(crate) enum Command {
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The recipe: a file, or a name out of `dinoxide recipes`
-    #[arg(long, value_name = "RECIPE", default_value = "quickstart")]
-    config: String,
-    /// Override a value, as in `train`
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<String>,
+    #[command(flatten)]
+    flags: StepFlags,
     /// Steps to measure, after two that are not counted
     #[arg(long, value_name = "N", default_value_t = 7)]
     steps: usize,
@@ -39,17 +37,21 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
     if args.steps == 0 {
         return Err(Usage(anyhow::anyhow!("`--steps 0`: at least one step has to be measured")).into());
     }
-    let recipe = recipes::resolve(&args.config, &args.set)?;
+    let recipe = args.flags.changes().resolve(&args.flags.config)?;
     allocator::follow(&recipe.value);
     let device = device::parse(&recipe.value.run.device)?;
+    for (parts, what) in [(&recipe.value.stages, "stages"), (&recipe.value.students, "students")] {
+        if !parts.is_empty() {
+            terminal::plain(&format!("note: measured is the recipe itself, without what its `[[{what}]]` set"));
+        }
+    }
     let mut taken = 0;
     let measured = measure(&recipe.value, &device, WARMUP, args.steps, &mut |seconds| {
         taken += 1;
         let what = if taken <= WARMUP { "warm-up" } else { "step" };
         terminal::plain(&format!("{what} {taken}/{}  {seconds:.3} s", WARMUP + args.steps));
     });
-    let measured = measured
-        .map_err(|error| if error.is_usage() { Usage(error.into()).into() } else { anyhow::Error::from(error) })?;
+    let measured = measured.map_err(usage)?;
     if args.json {
         terminal::data(&json(&measured).to_string());
     } else {

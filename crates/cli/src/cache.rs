@@ -8,9 +8,10 @@ use std::sync::atomic::AtomicBool;
 use dinoxide_trainer::cache::write;
 use serde_json::json;
 
+use crate::recipes::{Changes, quoted};
 use crate::table::{bytes, count};
 use crate::terminal::{self, Log};
-use crate::{device, exit, recipes, train};
+use crate::{device, exit, train};
 
 /// Write a frozen teacher's tokens once, for students that then need no teacher.
 ///
@@ -41,17 +42,13 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let text = |value: &str| serde_json::Value::from(value).to_string();
-    let mut overrides = Vec::new();
-    let mut push =
-        |key: &str, value: Option<&str>| overrides.extend(value.map(|value| format!("{key}={}", text(value))));
-    push("data.source", args.data.as_deref());
-    push("distillation.teacher", args.teacher.as_deref());
-    overrides.extend(args.set.iter().cloned());
-    let recipe = recipes::resolve(&args.config, &overrides)?;
+    let mut changes = Changes::of(&args.set);
+    changes.add("--data", "data.source", args.data.as_deref().map(quoted));
+    changes.add("--teacher", "distillation.teacher", args.teacher.as_deref().map(quoted));
+    let recipe = changes.resolve(&args.config)?;
     let device = device::parse(&recipe.value.run.device)?;
     let stop = Arc::new(AtomicBool::new(false));
-    train::stop_on_interrupt(&stop)?;
+    train::stop_on_interrupt(&stop, "file")?;
     let mut log = Log::new(None)?;
     let mut total = 0;
     let written = write(&recipe, &args.output, &device, &stop, &mut |done, of| {
@@ -65,6 +62,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let written = written.map_err(train::usage)?;
     let result = json!({
         "images": written.positions,
+        "images_there_before": written.kept,
         "bytes": written.bytes,
         "interrupted": written.interrupted,
         "output": args.output.display().to_string(),
@@ -73,8 +71,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         terminal::data(&result.to_string());
     } else {
         let state = if written.interrupted { "stopped after" } else { "wrote" };
-        let (images, size) = (count(written.positions), bytes(written.bytes));
-        terminal::data(&format!("{state} the tokens of {images} images, {size}, in {}", args.output.display()));
+        let before = match written.kept {
+            0 => String::new(),
+            kept => format!(" ({} were there)", count(kept)),
+        };
+        let (images, size) = (count(written.positions - written.kept), bytes(written.bytes));
+        terminal::data(&format!(
+            "{state} the tokens of {images} images{before}, {size} in all, in {}",
+            args.output.display()
+        ));
     }
     Ok(if written.interrupted { ExitCode::from(exit::INTERRUPTED) } else { ExitCode::SUCCESS })
 }

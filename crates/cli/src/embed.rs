@@ -6,7 +6,6 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -20,15 +19,17 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
-use crate::eval::check_writable;
 use crate::eval::common::{Frozen, Network, Set};
+use crate::eval::{check_writable, header_entry};
 use crate::table::count;
 use crate::{Usage, terminal};
 
 /// Bytes of tokens in a shard, unless told otherwise.
 const SHARD_BYTES: usize = 256 << 20;
-/// Key of the header's metadata under which the settings are kept.
+/// Key of the header's metadata under which the settings are kept, with the number of images in the file.
 const STAMP: &str = "dinoxide.embed";
+/// Key of that number. It is no setting: images that cannot be read are left out.
+const IMAGES: &str = "images";
 
 /// Tokens that can be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -54,7 +55,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
     /// Tokens to write, after the final norm
-    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "cls")]
+    #[arg(long, value_name = "TOKENS,TOKENS,…", value_delimiter = ',', default_value = "cls")]
     tokens: Vec<Kind>,
     /// Divide each token by its norm: the product of two is then their cosine
     #[arg(long)]
@@ -63,7 +64,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "F.safetensors")]
     output: PathBuf,
     /// Images in a file; default: as many as make 256 MB
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     shard_images: Option<usize>,
 }
 
@@ -85,13 +86,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let paths: Vec<PathBuf> = (1..=shards).map(|number| shard_path(&args.output, number, shards)).collect();
     refuse_other_shards(&args.output, &paths)?;
     let stamp = stamp(&frozen, &set, &kinds, per_shard);
-    let mut missing = Vec::new();
+    let (mut missing, mut written) = (Vec::new(), 0);
     for (number, path) in paths.iter().enumerate() {
-        if !is_made(path, &stamp)? {
-            missing.push(number);
+        match images_in(path, &stamp)? {
+            Some(images) => written += images,
+            None => missing.push(number),
         }
     }
-    if missing.len() < shards {
+    if (1..shards).contains(&missing.len()) {
         terminal::plain(&format!("{} of {shards} files are there already", shards - missing.len()));
     }
     let total: usize = missing.iter().map(|&number| per_shard.min(images - number * per_shard)).sum();
@@ -103,6 +105,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         for rejected in &rejected {
             frozen.log.line(&format!("warning: {}: {}; left out", rejected.id, rejected.reason));
         }
+        written += shard.rows.len() as u64;
         shard.write(&paths[number], &*set.source, &stamp)?;
         done += indices.len();
     }
@@ -111,7 +114,17 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         [one] => one.display().to_string(),
         all => format!("{} to {}", all[0].display(), all[all.len() - 1].display()),
     };
-    terminal::plain(&format!("wrote {names}: {} of {} images", kinds.described(), count(images as u64)));
+    let what = match missing.len() {
+        0 if shards == 1 => format!("{names} is there already, nothing was written"),
+        0 => format!("{names} are there already, nothing was written"),
+        all if all == shards => format!("wrote {names}"),
+        some => format!("wrote {some} of {shards} files, {names}"),
+    };
+    let left_out = match (images as u64).saturating_sub(written) {
+        0 => String::new(),
+        left_out => format!(", {} left out", count(left_out)),
+    };
+    terminal::plain(&format!("{what}: {} of {} images{left_out}", kinds.described(), count(written)));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -162,7 +175,7 @@ fn stamp(frozen: &Frozen, set: &Set, kinds: &Kinds, per_shard: usize) -> Value {
         "weights": frozen.given.weights,
         "parameters": Fingerprint::of(&frozen.given.backbone).map(|fingerprint| fingerprint.parameters),
         "data": set.name,
-        "images": set.source.len(),
+        "images_found": set.source.len(),
         "image_names": names.finalize(),
         "images_per_file": per_shard,
         "tokens": kinds.tokens.iter().map(|kind| kind.name()).collect::<Vec<_>>(),
@@ -177,15 +190,16 @@ fn stamp(frozen: &Frozen, set: &Set, kinds: &Kinds, per_shard: usize) -> Value {
     })
 }
 
-/// Whether a file is there and was made under these settings.
-fn is_made(path: &Path, stamp: &Value) -> anyhow::Result<bool> {
-    let mut file = match File::open(path) {
+/// The number of images in a file, if it is there; it must have been made under these settings.
+fn images_in(path: &Path, stamp: &Value) -> anyhow::Result<Option<u64>> {
+    let file = match File::open(path) {
         Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => anyhow::bail!("{}: {error}", path.display()),
     };
     let hint = "hint: give another `--output`, or delete it";
-    let Some(found) = read_stamp(&mut file) else {
+    let found = header_entry(file, STAMP).unwrap_or_default();
+    let Some(images) = found[IMAGES].as_u64() else {
         return Err(
             Usage(anyhow::anyhow!("{}: is there and was not written by `embed`\n\n{hint}", path.display())).into()
         );
@@ -199,23 +213,8 @@ fn is_made(path: &Path, stamp: &Value) -> anyhow::Result<bool> {
             ))
             .into())
         }
-        None => Ok(true),
+        None => Ok(Some(images)),
     }
-}
-
-/// The settings in a file's header.
-fn read_stamp(file: &mut File) -> Option<Value> {
-    let available = file.metadata().ok()?.len();
-    let mut length = [0; 8];
-    file.read_exact(&mut length).ok()?;
-    let length = u64::from_le_bytes(length);
-    if length > available {
-        return None;
-    }
-    let mut header = Vec::new();
-    file.take(length).read_to_end(&mut header).ok()?;
-    let header: Value = serde_json::from_slice(&header).ok()?;
-    serde_json::from_str(header["__metadata__"][STAMP].as_str()?).ok()
 }
 
 impl Kind {
@@ -370,6 +369,8 @@ impl Shard<'_> {
         if let Some(labels) = &labels {
             views.push(("labels", TensorView::new(Dtype::I64, vec![images], labels)?));
         }
+        let mut stamp = stamp.clone();
+        stamp[IMAGES] = json!(images);
         let metadata = HashMap::from([(STAMP.to_owned(), stamp.to_string())]);
         let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| failed(path, &e))?;
         write_atomically(path, &bytes).map_err(|e| failed(path, &e))

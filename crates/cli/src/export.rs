@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use burn::tensor::Device;
-use dinoxide_exchange::{Loaded, export, load};
+use dinoxide_exchange::{Loaded, check_output, export, load};
 use dinoxide_model::Fingerprint;
 use dinoxide_onnx::{ImageSize, Input, Options};
 
@@ -68,6 +68,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if format.is_some() && (args.image_size.is_some() || args.normalized_input) {
         bail!(Usage(anyhow::anyhow!(
             "`--image-size` and `--normalized-input` are for `--format onnx`: other formats hold weights, not a graph"
+        )));
+    }
+    // ONNX is a file, as safetensors is.
+    check_output(format.unwrap_or(dinoxide_exchange::Format::Safetensors), &args.output)?;
+    let same = |path: &std::path::Path| path.canonicalize().ok();
+    if args.output.exists() && same(&args.output) == same(&args.weights) {
+        bail!(Usage(anyhow::anyhow!(
+            "`--output {}` is what `--weights` names: it would be overwritten\n\nhint: give another `--output`",
+            args.output.display()
         )));
     }
     let loaded = load(&args.weights, &Device::flex())?;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use burn::tensor::Device;
 use dinoxide_exchange::{Loaded, Verdict, load};
 use dinoxide_model::weights::reference_tensors;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::table::{count, table};
 use crate::terminal;
@@ -22,11 +22,49 @@ pub(crate) struct Args {
     json: bool,
 }
 
+/// The parts of a tensor's name, by which blocks are sorted as numbers: 2 before 10.
+fn parts(name: &str) -> Vec<(Option<usize>, &str)> {
+    name.split('.').map(|part| (part.parse().ok(), part)).collect()
+}
+
+/// A protocol as `key value` pairs: a line for each of its parts, and one for what is not in a part.
+fn protocol_lines(protocol: &Value) -> Vec<String> {
+    let (mut lines, mut rest) = (Vec::new(), Vec::new());
+    for (key, value) in protocol.as_object().into_iter().flatten() {
+        let mut found = Vec::new();
+        pairs(key, value, &mut found);
+        match value.is_object() || value.is_array() {
+            true => lines.push(format!("{key:<10} {}", found.join(", "))),
+            false => rest.extend(found),
+        }
+    }
+    lines.push(format!("{:<10} {}", "measured", rest.join(", ")));
+    lines
+}
+
+/// The leaves of a value as `key value`. A list of plain values is one, and what is not there none.
+fn pairs(key: &str, value: &Value, found: &mut Vec<String>) {
+    let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    match value {
+        Value::Null => {}
+        Value::Object(fields) => fields.iter().for_each(|(key, value)| pairs(key, value, found)),
+        Value::Array(items) if items.iter().any(Value::is_object) => {
+            items.iter().for_each(|item| pairs(key, item, found));
+        }
+        Value::Array(items) => {
+            let items: Vec<String> = items.iter().map(plain).collect();
+            found.push(format!("{key} {}", items.join(" ")));
+        }
+        value => found.push(format!("{key} {}", plain(value))),
+    }
+}
+
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // Loading checks that the tensors cover the backbone exactly, and the fingerprint.
     let Loaded { backbone, description, format, notes, verdict } = load(&args.file, &Device::flex())?;
-    let tensors = reference_tensors(&backbone);
-    let total: usize = tensors.values().map(|w| w.values.len()).sum();
+    let mut tensors: Vec<_> = reference_tensors(&backbone).into_iter().collect();
+    tensors.sort_by(|(a, _), (b, _)| parts(a).cmp(&parts(b)));
+    let total: usize = tensors.iter().map(|(_, w)| w.values.len()).sum();
     let norm = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
     let provenance = &description.provenance;
     if args.json {
@@ -68,7 +106,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
                 score.value,
                 count(score.steps)
             ));
-            terminal::data(&format!("  measured   {}", score.protocol));
+            protocol_lines(&score.protocol).iter().for_each(|line| terminal::data(&format!("  {line}")));
         }
     }
     terminal::data(&format!(

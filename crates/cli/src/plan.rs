@@ -14,9 +14,10 @@ use dinoxide_trainer::trial::{Extent, Trial, least_bytes, reduced, trial};
 use dinoxide_trainer::{Recipe, stages};
 use serde_json::{Value, json};
 
+use crate::recipes::RunFlags;
 use crate::table::{bytes, count, duration};
 use crate::train::usage;
-use crate::{Usage, allocator, device, memory, recipes, terminal};
+use crate::{Usage, allocator, device, memory, terminal};
 
 /// Tell memory, images per second, hours and disk of a run before it starts, by taking a few of its steps.
 ///
@@ -24,18 +25,8 @@ use crate::{Usage, allocator, device, memory, recipes, terminal};
 /// blocks and micro-batches, from which the rest follows. Nothing is kept.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The recipe: a file, or a name out of `dinoxide recipes`
-    #[arg(long, value_name = "RECIPE", default_value = "quickstart")]
-    config: String,
-    /// Images to train on, as in `train`
-    #[arg(long, value_name = "DIR")]
-    data: Option<String>,
-    /// Where to compute, as in `train`
-    #[arg(long, value_name = "DEVICE")]
-    device: Option<String>,
-    /// Override a value, as in `train`
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<String>,
+    #[command(flatten)]
+    flags: RunFlags,
     /// Seconds that the measurement of a run may take, roughly: with more, more of the recipe is measured and less is worked
     /// out from it
     #[arg(long, value_name = "N", default_value_t = 60.0, allow_negative_numbers = true)]
@@ -46,15 +37,6 @@ pub(crate) struct Args {
     /// One trial, for the process that plans: `stage,blocks,parts`
     #[arg(long, hide = true)]
     trial: Option<String>,
-}
-
-impl Args {
-    fn overrides(&self) -> Vec<String> {
-        let mut all = recipes::data_overrides(self.data.as_deref());
-        all.extend(self.device.as_deref().map(|device| format!("run.device={}", Value::from(device))));
-        all.extend(self.set.iter().cloned());
-        all
-    }
 }
 
 /// One run of a plan.
@@ -69,11 +51,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if !(args.seconds.is_finite() && args.seconds >= 0.0) {
         return Err(Usage(anyhow::anyhow!("`--seconds {}`: a number from 0 on is needed", args.seconds)).into());
     }
-    let recipe = recipes::resolve(&args.config, &args.overrides())?;
+    let changes = args.flags.changes();
+    let recipe = changes.resolve(&args.flags.step.config)?;
     let runs = runs(&recipe)?;
     if let Some(which) = &args.trial {
         return one_trial(&runs, which, args.seconds);
     }
+    changes.note_overruled(&recipe, "stage", &recipe.value.stages);
     let on_cpu = recipe.value.run.device == "cpu";
     device::parse(&recipe.value.run.device)?;
     let free = memory::available();
@@ -182,8 +166,8 @@ const LEAST_FREE: f64 = 0.03;
 /// Runs a trial in a process of its own, and ends it before the machine is out of memory.
 fn in_a_process(args: &Args, index: usize, extent: Extent) -> anyhow::Result<Trial> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["plan", "--config", &args.config]);
-    args.overrides().iter().for_each(|text| {
+    command.args(["plan", "--config", &args.flags.step.config]);
+    args.flags.changes().overrides().iter().for_each(|text| {
         command.args(["--set", text]);
     });
     let Extent { blocks, parts } = extent;

@@ -5,6 +5,12 @@
 use std::fs::{File, OpenOptions};
 use std::io::{IsTerminal, Write};
 use std::path::Path;
+use std::sync::LazyLock;
+
+use indicatif::MultiProgress;
+
+/// All bars that are on the screen at once: there is one screen.
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// Prints an error with its hint.
 pub(crate) fn error(error: &anyhow::Error) {
@@ -14,6 +20,12 @@ pub(crate) fn error(error: &anyhow::Error) {
 /// Prints a line for a person who watches no progress bar.
 pub(crate) fn plain(text: &str) {
     eprintln!("{text}");
+}
+
+/// Prints a line above all bars, from any thread. A screen that is gone must not end a run.
+pub(crate) fn above(text: &str) {
+    let mut screen = std::io::stderr();
+    let _ = if screen.is_terminal() { BARS.println(text) } else { writeln!(screen, "{text}") };
 }
 
 /// Prints what was found out about a file, a line each.
@@ -31,8 +43,6 @@ pub(crate) fn data(text: &str) {
 pub(crate) struct Log {
     file: Option<File>,
     bar: indicatif::ProgressBar,
-    /// All bars that are on the screen at once.
-    bars: indicatif::MultiProgress,
 }
 
 impl Log {
@@ -45,18 +55,12 @@ impl Log {
                 .open(path)
                 .map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
         });
-        let bars = indicatif::MultiProgress::new();
-        Ok(Self { file: file.transpose()?, bar: indicatif::ProgressBar::hidden(), bars })
-    }
-
-    /// Shows its bar below those of another log.
-    pub(crate) fn beside(self, other: &Self) -> Self {
-        Self { bars: other.bars.clone(), ..self }
+        Ok(Self { file: file.transpose()?, bar: indicatif::ProgressBar::hidden() })
     }
 
     /// One line above the progress bar.
     pub(crate) fn line(&mut self, text: &str) {
-        self.bars.suspend(|| eprintln!("{text}"));
+        BARS.suspend(|| eprintln!("{text}"));
         self.keep(text);
     }
 
@@ -79,7 +83,7 @@ impl Log {
         if self.is_interactive() {
             let style = indicatif::ProgressStyle::with_template(template).expect("a template of ours");
             let bar = indicatif::ProgressBar::new(length).with_position(position);
-            self.bar = self.bars.add(bar.with_style(style.progress_chars("━╸ ")));
+            self.bar = BARS.add(bar.with_style(style.progress_chars("━╸ ")));
         }
     }
 

@@ -13,9 +13,10 @@ use dinoxide_trainer::stages::{self, Row};
 use dinoxide_trainer::{Event, Outcome};
 use dinoxide_trainer::{Recipe, TrainError, train, train_students};
 
+use crate::recipes::{Changes, RunFlags, quoted};
 use crate::table::{bytes, count, duration};
 use crate::terminal::Log;
-use crate::{Usage, allocator, device, exit, recipes, terminal};
+use crate::{Usage, allocator, device, exit, terminal};
 
 /// Train a recipe; without arguments, the quickstart on built-in images.
 ///
@@ -23,87 +24,41 @@ use crate::{Usage, allocator, device, exit, recipes, terminal};
 /// are not trained on but used to measure k-NN accuracy before, during and after training.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Recipe: a file, or the name of a built-in one (`dinoxide recipes` lists them). With few images or a small machine
-    /// start from `vit6_64px`
-    #[arg(long, value_name = "RECIPE", default_value = "quickstart", conflicts_with = "resume")]
-    config: String,
-    /// Images to train on: a folder of any depth, or `synthetic`. Replaces `data.source`, and the recipe's `eval.train` and
-    /// `eval.val`: k-NN is then measured on a tenth of each class
-    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
-    data: Option<String>,
+    #[command(flatten)]
+    flags: RunFlags,
     /// Run directory. An unfinished run of the same configuration goes on where it stopped. Default: `runs/<recipe>`, with
     /// a number when that exists
-    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
     /// Go on with the run in this directory, with its own configuration
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "data", "run", "init", "teacher", "stage"])]
     resume: Option<PathBuf>,
     /// Start from trained weights: a file or folder of any supported format, or a run directory. Replaces `init.from`; the
     /// backbone can be held still while the heads learn: `--set schedule.freeze_backbone="2 epochs"`
-    #[arg(long, value_name = "PATH", conflicts_with = "resume")]
+    #[arg(long, value_name = "PATH")]
     init: Option<String>,
-    /// Learn from this network, which does not train: a run directory, whose heads give the targets, or weights of any
-    /// supported format, whose features are matched (`[loss.features]`). Replaces `distillation.teacher`
-    #[arg(long, value_name = "PATH", conflicts_with = "resume")]
-    teacher: Option<String>,
     /// Train this stage of the recipe alone, from `--init`
-    #[arg(long, value_name = "NAME", requires = "init", conflicts_with = "resume")]
+    #[arg(long, value_name = "NAME", requires = "init")]
     stage: Option<String>,
-    /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `wgpu:0`, `metal`. Too slow on `cpu`: a smaller `model.arch`, fewer
-    /// `augmentation.local_crops`, smaller crops; on a GPU: `--set train.precision=bf16`
-    #[arg(long, value_name = "DEVICE")]
-    device: Option<String>,
-    /// Images per step. Out of memory: lower it, or raise `efficiency.micro_batches`. Unstable or collapsing: a larger
-    /// batch makes Sinkhorn's targets better. Replaces `train.batch_size`
-    #[arg(long, value_name = "N")]
-    batch_size: Option<usize>,
-    /// How long: "100 epochs", "5000 steps", "2M images". Replaces `train.length`; warm-ups in epochs stay as they are.
-    /// "0 steps" writes the backbone as it is before training
-    #[arg(long, value_name = "LENGTH")]
-    length: Option<String>,
-    /// Peak learning rate before scaling by the batch size. Loss rises or is not finite: halve it. Replaces
-    /// `schedule.lr.peak`
-    #[arg(long, value_name = "RATE")]
-    lr: Option<f64>,
-    /// Seed of every random draw. Replaces `train.seed`
-    #[arg(long, value_name = "N")]
-    seed: Option<u64>,
     /// Threads that read and augment images. A high "wait" in the progress line: more. Replaces
     /// `efficiency.loader_threads`; batches do not depend on it
-    #[arg(long, value_name = "N")]
-    loader_threads: Option<usize>,
-    /// Override any value of the recipe, as often as needed: `--set schedule.teacher_temp.peak=0.06` (targets too
-    /// sharp or unstable: lower), `--set schedule.teacher_momentum.peak=0.996` (small batches: higher),
-    /// `--set dino_head.prototypes=4096` (few images, slow heads: fewer), `--set model.drop_path_rate=0.1` (overfitting or
-    /// large models: higher). `dinoxide recipes NAME` shows every key
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<String>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    loader_threads: Option<i64>,
 }
 
 impl Args {
-    /// The flags as overrides, in the order in which they apply: `--set` comes last and wins.
-    fn overrides(&self) -> Vec<String> {
-        // A JSON string is a TOML string.
-        let text = |value: &str| serde_json::Value::from(value).to_string();
-        let mut all = recipes::data_overrides(self.data.as_deref());
-        let mut push = |key: &str, value: Option<String>| all.extend(value.map(|value| format!("{key}={value}")));
+    fn changes(&self) -> Changes {
+        let mut changes = self.flags.changes();
         if self.stage.is_none() {
-            push("init.from", self.init.as_deref().map(text));
+            changes.add("--init", "init.from", self.init.as_deref().map(quoted));
         }
-        push("distillation.teacher", self.teacher.as_deref().map(text));
-        push("run.device", self.device.as_deref().map(text));
-        push("train.batch_size", self.batch_size.map(|n| n.to_string()));
-        push("train.length", self.length.as_deref().map(text));
-        push("schedule.lr.peak", self.lr.map(|rate| format!("{rate:?}")));
-        push("train.seed", self.seed.map(|n| n.to_string()));
-        push("efficiency.loader_threads", self.loader_threads.map(|n| n.to_string()));
-        all.extend(self.set.iter().cloned());
-        all
+        changes.add("--loader-threads", "efficiency.loader_threads", self.loader_threads.map(|n| n.to_string()));
+        changes
     }
 
-    fn recipe(&self) -> anyhow::Result<Resolved<Recipe>> {
+    fn recipe(&self, changes: &Changes) -> anyhow::Result<Resolved<Recipe>> {
         match &self.resume {
-            None => recipes::resolve(&self.config, &self.overrides()),
+            None => changes.resolve(&self.flags.step.config),
             Some(directory) => {
                 let path = directory.join("config.toml");
                 if !path.is_file() {
@@ -114,7 +69,7 @@ impl Args {
                     );
                     return Err(Usage(anyhow::Error::msg(message)).into());
                 }
-                recipes::resolve(&path.to_string_lossy(), &self.overrides())
+                changes.resolve(&path.to_string_lossy())
             }
         }
     }
@@ -123,51 +78,90 @@ impl Args {
         if let Some(directory) = self.resume.as_ref().or(self.run.as_ref()) {
             return directory.clone();
         }
-        let stem = Path::new(&self.config).file_stem().map_or("run".into(), |s| s.to_string_lossy().into_owned());
+        let config = Path::new(&self.flags.step.config);
+        let stem = config.file_stem().map_or("run".into(), |s| s.to_string_lossy().into_owned());
         let numbered = |n: u32| Path::new("runs").join(if n == 1 { stem.clone() } else { format!("{stem}-{n}") });
         (1..).map(numbered).find(|path| !path.exists()).expect("a free number")
     }
 }
 
+/// Refuses a directory that a run would mix its files with those of others in.
+fn check_directory(directory: &Path) -> anyhow::Result<()> {
+    let refuse = |place: &Path, what: &str| -> anyhow::Result<()> {
+        let hint = "hint: give `--run` a folder that does not exist yet";
+        Err(Usage(anyhow::anyhow!("{}: {what}\n\n{hint}", place.display())).into())
+    };
+    if let Some(file) = directory.ancestors().find(|path| path.is_file()) {
+        return refuse(file, "a file, and a run is a folder");
+    }
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    // A run that was killed at once has left hidden files alone.
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| !name.starts_with('.'))
+        .collect();
+    names.sort();
+    match names.first() {
+        Some(first) if !directory.join("config.toml").is_file() => {
+            refuse(directory, &format!("it holds `{first}` and no `config.toml`, so it is no run"))
+        }
+        _ => Ok(()),
+    }
+}
+
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let recipe = args.recipe()?;
+    let changes = args.changes();
+    let recipe = args.recipe(&changes)?;
     let device = device::parse(&recipe.value.run.device)?;
     let directory = args.directory();
     let stop = Arc::new(AtomicBool::new(false));
-    stop_on_interrupt(&stop)?;
+    stop_on_interrupt(&stop, "step")?;
 
     if let Some(name) = &args.stage {
         let init = args.init.as_deref().expect("clap requires it");
         let stage = stages::alone(&recipe, &directory, name, init).map_err(usage)?;
+        check_directory(&stage.directory)?;
+        changes.note_overruled(&recipe, "stage", recipe.value.stages.iter().filter(|stage| stage.name == *name));
         let outcome = run_one(&stage.recipe, &stage.directory, &stage.directory, &device, &stop)?;
         announce(&outcome);
         return Ok(exit_code(&outcome));
     }
+    check_directory(&directory)?;
     if !recipe.value.students.is_empty() {
-        return run_students(&recipe, &directory, &device, &stop);
+        return run_students(&recipe, &changes, &directory, &device, &stop);
     }
     if recipe.value.stages.is_empty() {
         let outcome = run_one(&recipe, &directory, &directory, &device, &stop)?;
         announce(&outcome);
         return Ok(exit_code(&outcome));
     }
-    run_stages(&recipe, &directory, &device, &stop)
+    run_stages(&recipe, &changes, &directory, &device, &stop)
 }
 
-/// Makes Ctrl-C raise the flag; the second one ends the process.
-pub(crate) fn stop_on_interrupt(stop: &Arc<AtomicBool>) -> anyhow::Result<()> {
+/// Makes Ctrl-C raise the flag, which is seen after the `part` at hand; the second one ends the process.
+pub(crate) fn stop_on_interrupt(stop: &Arc<AtomicBool>, part: &'static str) -> anyhow::Result<()> {
     let flag = stop.clone();
     ctrlc::set_handler(move || {
-        // The second signal is for those who will not wait for the step to end.
+        // The second signal is for those who will not wait for the part to end.
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(exit::INTERRUPTED));
         }
+        terminal::above(&format!("stopping after this {part}; Ctrl-C again ends at once"));
     })
     .map_err(|e| anyhow::anyhow!("cannot listen for Ctrl-C: {e}"))
 }
 
-/// A step that is not finite is the run's failure; wrong values are the user's.
+/// A step that is not finite is the run's failure; wrong values are the user's. The teacher that a recipe names is often
+/// one that only its author has.
 pub(crate) fn usage(error: TrainError) -> anyhow::Error {
+    let error = match error {
+        TrainError::Pretrained { key, reason }
+            if key == "distillation.teacher" && reason.ends_with("there is no such file or folder") =>
+        {
+            TrainError::Pretrained { key, reason: format!("{reason}\n\nhint: give one with `--teacher`") }
+        }
+        other => other,
+    };
     if error.is_usage() { Usage(error.into()).into() } else { error.into() }
 }
 
@@ -199,11 +193,13 @@ fn run_one(
 /// Trains the stages that are not finished, one after the other.
 fn run_stages(
     recipe: &Resolved<Recipe>,
+    changes: &Changes,
     directory: &Path,
     device: &Device,
     stop: &AtomicBool,
 ) -> anyhow::Result<ExitCode> {
     let row = Row::open(recipe, directory).map_err(usage)?;
+    changes.note_overruled(recipe, "stage", &recipe.value.stages);
     let mut log = Log::new(None)?;
     let mut last = None;
     for (i, stage) in row.stages.iter().enumerate() {
@@ -228,19 +224,18 @@ fn run_stages(
 /// Trains the students of one teacher side by side.
 fn run_students(
     recipe: &Resolved<Recipe>,
+    changes: &Changes,
     directory: &Path,
     device: &Device,
     stop: &AtomicBool,
 ) -> anyhow::Result<ExitCode> {
     allocator::follow(&recipe.value);
     let row = Row::of_students(recipe, directory).map_err(usage)?;
+    changes.note_overruled(recipe, "student", &recipe.value.students);
     let mut screens = Vec::<Screen<'_>>::new();
     for student in &row.stages {
         let mut screen = Screen::new(&student.recipe, &student.directory)?;
         screen.name = Some(&student.name);
-        if let Some(first) = screens.first() {
-            screen.log = screen.log.beside(&first.log);
-        }
         screens.push(screen);
     }
     let outcomes = train_students(recipe, &row.stages, device, stop, &mut |i, event| {
@@ -308,7 +303,7 @@ impl<'a> Screen<'a> {
         match event {
             Event::Started { plan, backbone_parameters, head_parameters, classes, resumed, monitored } => {
                 if let Ok(log) = Log::new(Some(&self.directory.join("log.txt"))) {
-                    self.log = log.beside(&self.log);
+                    self.log = log;
                     // It was shown before there was a run directory.
                     let line = self.recipe_line();
                     self.log.keep(&line);

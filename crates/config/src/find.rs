@@ -7,8 +7,11 @@ use crate::error::{ConfigError, Hint, quoted};
 use crate::keys::nearest_names;
 use crate::text::{Home, Text};
 
-/// A directory listing in a hint stops here.
-const MAX_LISTED: usize = 20;
+/// A list of recipes in a hint stops here, and says so.
+const MAX_LISTED: usize = 30;
+
+/// The folder of recipes that serve others as a base, and are not listed among those to be named.
+const BASES: &str = "base/";
 
 /// Where recipes are looked for.
 #[derive(Clone, Copy)]
@@ -70,7 +73,7 @@ impl Library<'_> {
                 Some(directory) => ConfigError::Directory {
                     at,
                     path: directory.display().to_string(),
-                    hint: Hint::names("files in it", &toml_files(&directory)),
+                    hint: listed("files in it", &toml_files(&directory)),
                 },
                 None => self.not_found(at, name, &tried.missing),
             }
@@ -94,8 +97,9 @@ impl Library<'_> {
             1 => format!("{} and 1 built-in recipe", quoted(missing)),
             count => format!("{} and {count} built-in recipes", quoted(missing)),
         };
-        let hint = Hint::names("similar recipes", &nearest_names(without_extension(&file_name(name)), &known))
-            .or(|| Hint::names("known recipes", &known[..known.len().min(MAX_LISTED)]));
+        let similar = nearest_names(without_extension(&file_name(name)), &known);
+        known.retain(|name| !name.starts_with(BASES));
+        let hint = Hint::names("similar recipes", &similar).or(|| listed("known recipes", &known));
         ConfigError::NotFound { at, name: name.to_owned(), looked, hint }
     }
 }
@@ -149,8 +153,15 @@ fn toml_files(folder: &Path) -> Vec<String> {
         .map(|path| path.display().to_string())
         .collect();
     files.sort();
-    files.truncate(MAX_LISTED);
     files
+}
+
+/// ``intro: `a`, `b` and 3 more``, or nothing when there are no names.
+fn listed(intro: &str, names: &[String]) -> Hint {
+    match names.len().saturating_sub(MAX_LISTED) {
+        0 => Hint::names(intro, names),
+        more => Hint::new(format!("{intro}: {} and {more} more", quoted(&names[..MAX_LISTED]))),
+    }
 }
 
 fn file_name(path: &str) -> String {
@@ -245,9 +256,20 @@ mod tests {
              `two/vitb41`, `two/vitb41.toml` and 6 built-in recipes\n\nhint: similar recipes: `vitb14`, `vits14`"
         );
         let message = load_from(&folder, "zzz.toml").unwrap_err();
-        let hint = "\n\nhint: known recipes: `base/common`, `base/dinov2`, `base/leaf`, `circle`, `from_root`, `vitb14`, `vits14`";
+        let hint = "\n\nhint: known recipes: `circle`, `from_root`, `vitb14`, `vits14`";
         assert!(message.ends_with(hint), "{message}");
         assert!(message.starts_with("recipe `zzz.toml` not found; looked at `zzz.toml`, `one/zzz.toml`,"), "{message}");
+    }
+
+    #[test]
+    fn a_long_list_says_how_much_of_it_is_missing() {
+        let folder = Folder::new(&[]);
+        for i in 10..43 {
+            folder.write(&format!("many/{i}.toml"), b"");
+        }
+        let message = folder.message("many");
+        assert!(message.contains("files in it: `many/10.toml`, `many/11.toml`, "), "{message}");
+        assert!(message.ends_with("`many/39.toml` and 3 more"), "{message}");
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub(crate) fn parse(text: &str) -> Result<DeTable<'_>, ConfigError> {
     let wrong = |problem: &str| ConfigError::Override {
         text: text.to_owned(),
         problem: problem.to_owned(),
-        hint: Hint::new("write `table.key=value`, for instance `--set optim.base_lr=0.002`"),
+        hint: Hint::new("write `table.key=value`, for instance `--set schedule.lr.peak=0.002`"),
     };
     let (key, value) = text.split_once('=').ok_or_else(|| wrong("no `=`"))?;
     let path = parse_key(key).ok_or_else(|| wrong(&format!("`{}` is not a dotted key", key.trim())))?;
@@ -120,7 +120,7 @@ mod tests {
     fn a_missing_equals_sign_is_named() {
         assert_eq!(
             parse("optim.base_lr").unwrap_err().to_string(),
-            "--set optim.base_lr: no `=`\n\nhint: write `table.key=value`, for instance `--set optim.base_lr=0.002`"
+            "--set optim.base_lr: no `=`\n\nhint: write `table.key=value`, for instance `--set schedule.lr.peak=0.002`"
         );
     }
 

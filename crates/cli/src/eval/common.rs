@@ -1,5 +1,6 @@
 //! What evaluations share: the backbone with the features it gave, the sets they are made of, and what comes of them.
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -14,7 +15,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::given::{Given, Weights};
-use super::{check_writable, write};
+use super::{check_result, write};
 use crate::Usage;
 use crate::table::table;
 use crate::terminal::{self, Log};
@@ -32,13 +33,13 @@ pub(crate) struct Network {
 #[derive(clap::Args)]
 pub(crate) struct Crops {
     /// Side of the crop that the backbone sees, in pixels; default: the size it was trained at
-    #[arg(long, value_name = "PX")]
+    #[arg(long, value_name = "PX", allow_negative_numbers = true)]
     pub(crate) crop: Option<usize>,
     /// Length of the shorter image side before cropping, in pixels; default: the crop
-    #[arg(long, value_name = "PX")]
+    #[arg(long, value_name = "PX", allow_negative_numbers = true)]
     pub(crate) resize: Option<usize>,
     /// Images in one forward. Out of memory: lower
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 64, allow_negative_numbers = true)]
     pub(crate) batch_size: usize,
 }
 
@@ -53,7 +54,7 @@ impl Crops {
 #[derive(clap::Args)]
 pub(crate) struct Tokens {
     /// What stands for an image; with several, each is divided by its norm and they are put side by side
-    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "cls")]
+    #[arg(long, value_name = "TOKENS,TOKENS,…", value_delimiter = ',', default_value = "cls")]
     tokens: Vec<ImageToken>,
 }
 
@@ -80,6 +81,17 @@ impl Tokens {
     }
 }
 
+/// Refuses a list that has a value twice.
+pub(super) fn check_distinct<T: Display + PartialEq>(task: &str, flag: &str, values: &[T]) -> anyhow::Result<()> {
+    match values.iter().enumerate().find(|(at, value)| values[..*at].contains(value)) {
+        Some((_, twice)) => {
+            let message = format!("{task}: `{flag}` has {twice} twice, it must be a list of different values");
+            Err(Usage(anyhow::anyhow!(message)).into())
+        }
+        None => Ok(()),
+    }
+}
+
 /// Where results go.
 #[derive(clap::Args)]
 pub(crate) struct Output {
@@ -94,7 +106,7 @@ pub(crate) struct Output {
 impl Output {
     /// That the result can be written, before anything is measured.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
-        self.output.as_deref().map_or(Ok(()), check_writable)
+        self.output.as_deref().map_or(Ok(()), check_result)
     }
 
     /// Prints a result as text or JSON, and writes it where asked.

@@ -22,7 +22,7 @@ pub(crate) struct Args {
     /// Another one of the same evaluation
     second: PathBuf,
     /// Fields of the protocol that may differ all the same, as the error names them
-    #[arg(long, value_name = "FIELD", value_delimiter = ',')]
+    #[arg(long, value_name = "FIELD,FIELD,…", value_delimiter = ',')]
     allow: Vec<String>,
     /// Print one JSON object on stdout and nothing else there
     #[arg(long)]
@@ -42,6 +42,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         ))
         .into());
     }
+    check_allowed(&args.allow, first.iter().chain(&second))?;
     let pairs = first.iter().zip(&second);
     let unlike: Vec<String> =
         pairs.flat_map(|(a, b)| unlike(&text(&a["task"]), &a["protocol"], &b["protocol"], &args.allow)).collect();
@@ -55,6 +56,16 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         .into());
     }
     let rows = first.iter().zip(&second).map(|(a, b)| metrics(a, b)).collect::<anyhow::Result<Vec<_>>>()?.concat();
+    if rows.is_empty() {
+        return Err(Usage(anyhow::anyhow!(
+            "{} and {} have no metric in common: {}, and {}",
+            args.first.display(),
+            args.second.display(),
+            metric_names(&first),
+            metric_names(&second)
+        ))
+        .into());
+    }
     if args.json {
         let rows: Vec<Value> = rows.iter().map(Row::json).collect();
         let result =
@@ -67,6 +78,28 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         terminal::data(&format!("A: {a}\nB: {b}\n{}", table(&header, &cells)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses fields that no protocol has: one that is misspelled would allow nothing.
+fn check_allowed<'a>(allowed: &[String], results: impl Iterator<Item = &'a Value>) -> anyhow::Result<()> {
+    let mut known = Vec::new();
+    results.for_each(|result| fields("", &result["protocol"], &mut known));
+    known.sort_unstable();
+    known.dedup();
+    match allowed.iter().find(|field| !known.contains(field)) {
+        Some(field) => Err(Usage(anyhow::anyhow!(
+            "`--allow {field}`: neither protocol has a field of this name\n\nhint: the fields are {}",
+            known.join(", ")
+        ))
+        .into()),
+        None => Ok(()),
+    }
+}
+
+/// The names of the metrics of several results.
+fn metric_names(results: &[Value]) -> String {
+    let metrics = results.iter().filter_map(|result| result["metrics"].as_array()).flatten();
+    metrics.map(|metric| format!("`{}`", text(&metric["name"]))).collect::<Vec<_>>().join(", ")
 }
 
 /// The fields in which two protocols of a task differ, but for those that may, with both values.
@@ -90,11 +123,21 @@ fn results(path: &Path) -> anyhow::Result<Vec<Value>> {
         Some(results) => results.clone(),
         None => vec![value],
     };
-    let whole = |one: &Value| one["task"].is_string() && one["protocol"].is_object() && one["metrics"].is_array();
-    if results.is_empty() || !results.iter().all(whole) {
+    if results.is_empty() || !results.iter().all(is_whole) {
         return Err(usage(&"is not a result of `dinoxide eval`, which has `task`, `protocol` and `metrics`").into());
     }
     Ok(results)
+}
+
+/// Whether a value has the fields of one result.
+fn is_whole(one: &Value) -> bool {
+    one["task"].is_string() && one["protocol"].is_object() && one["metrics"].is_array()
+}
+
+/// Whether a value is what `--output` writes: a result, or those of a suite.
+pub(super) fn is_written(value: &Value) -> bool {
+    let is_suite = value["task"] == "suite" && (value["results"].is_array() || value["backbones"].is_array());
+    is_suite || is_whole(value)
 }
 
 fn text(value: &Value) -> String {
@@ -109,9 +152,30 @@ struct Difference {
     b: String,
 }
 
+/// The name of a field within another.
+fn within(field: &str, name: &str) -> String {
+    if field.is_empty() { name.to_owned() } else { format!("{field}.{name}") }
+}
+
+/// Collects the names of the fields of a protocol, as differences name them.
+fn fields(field: &str, value: &Value, found: &mut Vec<String>) {
+    match value {
+        Value::Object(inner) => {
+            for (name, value) in inner {
+                let name = within(field, name);
+                fields(&name, value, found);
+                found.push(name);
+            }
+        }
+        Value::Array(items) => {
+            items.iter().enumerate().for_each(|(i, item)| fields(&format!("{field}[{i}]"), item, found));
+        }
+        _ => {}
+    }
+}
+
 /// Collects the fields in which two protocols differ.
 fn differ(field: &str, a: &Value, b: &Value, found: &mut Vec<Difference>) {
-    let inner = |name: &str| if field.is_empty() { name.to_owned() } else { format!("{field}.{name}") };
     let missing = Value::Null;
     match (a, b) {
         (Value::Object(x), Value::Object(y)) => {
@@ -120,7 +184,7 @@ fn differ(field: &str, a: &Value, b: &Value, found: &mut Vec<Difference>) {
                 let (a, b) = (x.get(name).unwrap_or(&missing), y.get(name).unwrap_or(&missing));
                 let alike = name == LAYERS && a.as_array().map(Vec::len) == b.as_array().map(Vec::len);
                 if !alike {
-                    differ(&inner(name), a, b, found);
+                    differ(&within(field, name), a, b, found);
                 }
             }
         }

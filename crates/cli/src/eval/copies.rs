@@ -9,7 +9,7 @@ use dinoxide_evaluation::copies::edits::{Edit, Edited};
 use dinoxide_evaluation::copies::{Copies, CopiesConfig, copies};
 use dinoxide_evaluation::{Features, Token};
 
-use super::common::{Frozen, Metric, Outcome, Set};
+use super::common::{Frozen, Metric, Outcome, Set, check_distinct};
 use crate::Usage;
 
 #[derive(clap::Args)]
@@ -28,16 +28,16 @@ pub(crate) struct Task {
     #[arg(long, value_name = "FILE", requires = "copies")]
     pairs: Option<PathBuf>,
     /// Edits that make copies, one of each original by each
-    #[arg(long, value_name = "EDIT", value_delimiter = ',', value_parser = edit, default_value = "crop,flip,rotation,color,blur,jpeg,overlay,strong", conflicts_with = "copies")]
+    #[arg(long, value_name = "EDIT,EDIT,…", value_delimiter = ',', value_parser = edit, default_value = "crop,flip,rotation,color,blur,jpeg,overlay,strong", conflicts_with = "copies")]
     edits: Vec<Edit>,
     /// Seed of the edits
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     /// Whiten descriptors as these images say, which should be none of the others; a folder, or `synthetic`
     #[arg(long, value_name = "DIR")]
     whiten: Option<String>,
     /// Coordinates that whitening leaves; default: as many as the images allow
-    #[arg(long, value_name = "N", requires = "whiten")]
+    #[arg(long, value_name = "N", requires = "whiten", allow_negative_numbers = true)]
     whiten_dims: Option<usize>,
 }
 
@@ -59,6 +59,7 @@ impl super::common::Task for Task {
     const BLOCKS: usize = 1;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {
+        check_distinct("copies", "--edits", &self.edits.iter().map(|edit| edit.name()).collect::<Vec<_>>())?;
         let originals = Set::open(&self.originals, &[])?;
         let distractors = self.distractors.as_ref().map(|spec| Set::open(spec, &[])).transpose()?;
         let whiten = self.whiten.as_ref().map(|spec| Set::open(spec, &[])).transpose()?;

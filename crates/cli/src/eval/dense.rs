@@ -20,7 +20,7 @@ const WINDOW_PX: usize = 512;
 #[derive(clap::Args)]
 pub(crate) struct Seen {
     /// Length of the shorter image side, in pixels, before both are rounded to whole patches; default: images keep theirs
-    #[arg(long, value_name = "PX")]
+    #[arg(long, value_name = "PX", allow_negative_numbers = true)]
     resize: Option<usize>,
 }
 
@@ -28,7 +28,7 @@ pub(crate) struct Seen {
 #[derive(clap::Args)]
 pub(crate) struct Layers {
     /// Tokens of this many last blocks side by side; of a ConvNeXt, stages
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     layers: usize,
 }
 
@@ -40,7 +40,7 @@ pub(crate) struct DenseCommon {
     #[command(flatten)]
     layers: Layers,
     /// Images with a longer side are seen in windows of this side, in pixels; default: 512, in whole patches
-    #[arg(long, value_name = "PX")]
+    #[arg(long, value_name = "PX", allow_negative_numbers = true)]
     window: Option<usize>,
 }
 
@@ -84,13 +84,13 @@ pub(crate) struct PairArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) train_maps: Option<PathBuf>,
     /// Folder of the masks or depth maps of `--val`
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "val")]
     pub(crate) val_maps: Option<PathBuf>,
     /// Text file with the names to use of `--train`, a line each, without extension
     #[arg(long, value_name = "FILE")]
     pub(crate) train_list: Option<PathBuf>,
     /// Text file with the names to use of `--val`
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "val")]
     pub(crate) val_list: Option<PathBuf>,
     /// End of the images' names that their maps lack, such as `_leftImg8bit`; files without it are not used
     #[arg(long, value_name = "TEXT", default_value = "")]
@@ -100,9 +100,39 @@ pub(crate) struct PairArgs {
     pub(crate) map_suffix: String,
 }
 
+/// Whether a spec is about the built-in images, which come with their masks and depth.
+pub(super) fn is_built_in(spec: &str) -> bool {
+    spec == "synthetic" || spec.starts_with("synthetic:")
+}
+
 impl PairArgs {
+    /// Refuses flags about files of images that are in none.
+    fn check_built_in(&self) -> anyhow::Result<()> {
+        let train = is_built_in(&self.train);
+        let val = self.val.as_deref().is_some_and(is_built_in);
+        // Both sets have the suffixes.
+        let all = train && (val || self.val.is_none());
+        let flags = [
+            (train && self.train_maps.is_some(), "--train-maps"),
+            (train && self.train_list.is_some(), "--train-list"),
+            (val && self.val_maps.is_some(), "--val-maps"),
+            (val && self.val_list.is_some(), "--val-list"),
+            (all && !self.image_suffix.is_empty(), "--image-suffix"),
+            (all && !self.map_suffix.is_empty(), "--map-suffix"),
+        ];
+        match flags.iter().find(|(is_idle, _)| *is_idle) {
+            Some((_, flag)) => Err(Usage(anyhow::anyhow!(
+                "`{flag}` is about files, and the built-in images are in none\n\nhint: leave it out, or give a folder of \
+                 images"
+            ))
+            .into()),
+            None => Ok(()),
+        }
+    }
+
     /// Opens the train images.
     pub(crate) fn open_train(&self, kind: MapKind, log: &mut Log) -> anyhow::Result<AnnotatedSource> {
+        self.check_built_in()?;
         self.open(&self.train, &self.train_maps, &self.train_list, kind, log)
     }
 
@@ -168,16 +198,16 @@ impl HeadArg {
 #[derive(clap::Args)]
 pub(crate) struct HeadArgs {
     /// AdamW iterations
-    #[arg(long, value_name = "N", default_value_t = 1000)]
+    #[arg(long, value_name = "N", default_value_t = 1000, allow_negative_numbers = true)]
     pub(crate) iterations: usize,
     /// Images, or windows of large ones, in an iteration
-    #[arg(long, value_name = "N", default_value_t = 16)]
+    #[arg(long, value_name = "N", default_value_t = 16, allow_negative_numbers = true)]
     pub(crate) samples: usize,
     /// Highest learning rate
-    #[arg(long, value_name = "RATE", default_value_t = 1e-3)]
+    #[arg(long, value_name = "RATE", default_value_t = 1e-3, allow_negative_numbers = true)]
     pub(crate) learning_rate: f64,
     /// Seed of initial weights, order of images and dropout
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     pub(crate) seed: u64,
 }
 

@@ -6,49 +6,53 @@ use dinoxide_evaluation::{
     EpochScore, FinetuneConfig, FinetuneImages, FinetuneProgress, FinetuneScores, LabeledImages, Report, Token,
     finetune,
 };
-use dinoxide_model::weights::{Description, Provenance, Score, backbone_file};
+use dinoxide_model::weights::{DESCRIPTION_KEY, Description, Provenance, Score, backbone_file};
 use dinoxide_model::{Architecture, Backbone};
 
-use super::check_writable;
 use super::common::{Frozen, Metric, Outcome, Pair, Sets, between};
+use super::{check_replaceable, header_entry};
+use crate::Usage;
 use crate::table::table;
+
+/// What the recipe of a fine-tuned backbone begins with.
+const TUNED: &str = "fine-tuned from ";
 
 #[derive(clap::Args)]
 pub(crate) struct Task {
     #[command(flatten)]
     sets: Sets,
     /// Passes over the train images
-    #[arg(long, value_name = "N", default_value_t = 20)]
+    #[arg(long, value_name = "N", default_value_t = 20, allow_negative_numbers = true)]
     epochs: usize,
     /// Images per iteration
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value_t = 128, allow_negative_numbers = true)]
     samples: usize,
     /// Highest learning rate, stated for 256 images per iteration. Unstable: lower
-    #[arg(long, value_name = "RATE", default_value_t = 1e-3)]
+    #[arg(long, value_name = "RATE", default_value_t = 1e-3, allow_negative_numbers = true)]
     lr: f64,
     /// Factor of the learning rate per block, from the last down to the patch embedding; default: 0.75, for a ConvNeXt 1
-    #[arg(long, value_name = "FACTOR")]
+    #[arg(long, value_name = "FACTOR", allow_negative_numbers = true)]
     layer_decay: Option<f64>,
     /// Weight decay
-    #[arg(long, value_name = "DECAY", default_value_t = 0.05)]
+    #[arg(long, value_name = "DECAY", default_value_t = 0.05, allow_negative_numbers = true)]
     weight_decay: f64,
     /// Share of the iterations in which the learning rate rises
-    #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1, allow_negative_numbers = true)]
     warmup: f64,
     /// Share of each target that is spread over all classes
-    #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1, allow_negative_numbers = true)]
     label_smoothing: f64,
     /// Rate of stochastic depth; default: that of the weights' recipe
-    #[arg(long, value_name = "RATE")]
+    #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     drop_path: Option<f64>,
     /// Let the classifier see the mean patch token beside CLS
     #[arg(long)]
     patches: bool,
     /// Share of train that the epoch is chosen on
-    #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1, allow_negative_numbers = true)]
     held_out: f64,
     /// Seed of the classifier's weights, order and crops of images, stochastic depth and held-out images
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     /// Write the backbone of the chosen epoch here, without the classifier
     #[arg(long, value_name = "FILE")]
@@ -59,7 +63,7 @@ impl super::common::Task for Task {
     const BLOCKS: usize = 1;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {
-        self.save.as_deref().map_or(Ok(()), check_writable)?;
+        self.save.as_deref().map_or(Ok(()), |path| check_save(path, Path::new(&frozen.given.weights)))?;
         let pair = Pair::open(&self.sets)?;
         let config = self.config(&frozen.given.backbone.architecture());
         config.validate(&frozen.given.backbone.architecture())?;
@@ -136,7 +140,7 @@ impl Task {
         let description = Description {
             image_size: frozen.extraction.crop_px,
             provenance: Provenance {
-                recipe: format!("fine-tuned from {}", frozen.given.name()),
+                recipe: format!("{TUNED}{}", frozen.given.name()),
                 steps,
                 images: steps * self.samples as u64,
                 data: self.sets.train.clone(),
@@ -148,6 +152,24 @@ impl Task {
         let written = backbone_file(tuned, &description).write(path);
         written.map_err(|e| anyhow::anyhow!("{}: {e}; the score was {top1:.2} % top-1", path.display()))
     }
+}
+
+/// Refuses a path at which the fine-tuned backbone cannot be written, or would replace anything but an earlier one.
+fn check_save(path: &Path, weights: &Path) -> anyhow::Result<()> {
+    // Weights may be a folder.
+    if let (Ok(to), Ok(from)) = (path.canonicalize(), weights.canonicalize())
+        && to.starts_with(from)
+    {
+        let path = path.display();
+        return Err(Usage(anyhow::anyhow!(
+            "{path}: is read as `--weights`, so it is not overwritten\n\nhint: choose another name for `--save`"
+        ))
+        .into());
+    }
+    check_replaceable(path, "--save", "a backbone that `eval finetune` wrote", |file| {
+        let description = header_entry(file, DESCRIPTION_KEY).unwrap_or_default();
+        description["provenance"]["recipe"].as_str().is_some_and(|recipe| recipe.starts_with(TUNED))
+    })
 }
 
 fn outcome(report: &Report<FinetuneScores>, classes: usize) -> anyhow::Result<Outcome> {

@@ -3,7 +3,7 @@
 use dinoxide_evaluation::{FewShot, KnnConfig, knn, spectrum};
 use serde_json::json;
 
-use super::common::{Frozen, Metric, Outcome, Pair, Sets, Tokens, between};
+use super::common::{Frozen, Metric, Outcome, Pair, Sets, Tokens, between, check_distinct};
 use crate::Usage;
 use crate::table::table;
 
@@ -14,19 +14,25 @@ pub(crate) struct Task {
     #[command(flatten)]
     tokens: Tokens,
     /// Numbers of neighbours, all scored in one pass
-    #[arg(long, value_name = "K", value_delimiter = ',', default_values_t = [10, 20, 100, 200])]
+    #[arg(
+        long,
+        value_name = "K,K,…",
+        value_delimiter = ',',
+        default_value = "10,20,100,200",
+        allow_negative_numbers = true
+    )]
     k: Vec<usize>,
     /// Temperature of the neighbours' weights
-    #[arg(long, value_name = "T", default_value_t = 0.07)]
+    #[arg(long, value_name = "T", default_value_t = 0.07, allow_negative_numbers = true)]
     temperature: f64,
     /// Also score with this many train images of each class, drawn several times; with those `k` that are at most N, and N
-    #[arg(long, value_name = "N", value_delimiter = ',')]
+    #[arg(long, value_name = "N,N,…", value_delimiter = ',', allow_negative_numbers = true)]
     shots: Vec<usize>,
     /// Draws of `--shots`
-    #[arg(long, value_name = "N", default_value_t = 5)]
+    #[arg(long, value_name = "N", default_value_t = 5, requires = "shots", allow_negative_numbers = true)]
     draws: usize,
     /// Seed of these draws
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
 }
 
@@ -39,6 +45,7 @@ impl super::common::Task for Task {
             (!self.shots.is_empty()).then(|| FewShot { shots: self.shots.clone(), draws: self.draws, seed: self.seed });
         let config = KnnConfig { k: self.k.clone(), temperature: self.temperature, skip_first: false, few_shot };
         config.validate(pair.train.source.len())?;
+        check_distinct("few-shot", "--shots", &self.shots)?;
         self.check_shots(&pair)?;
         let tokens = self.tokens.chosen();
         let (train, val) = pair.labeled(frozen, |found| Ok(found.image_features(&tokens)?))?;

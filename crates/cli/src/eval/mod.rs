@@ -18,10 +18,14 @@ pub(crate) mod segmentation;
 mod suite;
 mod video;
 
+use std::fs::File;
+use std::io::{BufReader, Read};
 use std::path::Path;
 use std::process::ExitCode;
 
+use dinoxide_evaluation::EvaluationError;
 use dinoxide_model::weights::write_atomically;
+use serde_json::Value;
 
 use self::common::Measurement;
 use crate::Usage;
@@ -60,7 +64,7 @@ pub(crate) enum Command {
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
-    match command {
+    let outcome = match command {
         Command::Knn(measurement) => measurement.run(),
         Command::Linear(measurement) => measurement.run(),
         Command::Finetune(measurement) => measurement.run(),
@@ -75,7 +79,25 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Video(scored) => scored.run(),
         Command::Correspondence(scored) => scored.run(),
         Command::Foreground(scored) => scored.run(),
-    }
+    };
+    outcome.map_err(by_flag)
+}
+
+/// An error about a setting names the flag that gives it, which may be called otherwise. Other errors stay as they are.
+pub(crate) fn by_flag(error: anyhow::Error) -> anyhow::Error {
+    let inner = error.downcast_ref::<Usage>().map_or(&error, |usage| &usage.0);
+    let Some(EvaluationError::Setting { task, key, value, expected }) = inner.downcast_ref::<EvaluationError>() else {
+        return error;
+    };
+    let flag = match (*task, *key) {
+        (_, "batch_size") => "samples".to_owned(),
+        ("finetune", "learning_rate") | (_, "learning_rates") => "lr".to_owned(),
+        (_, "selection.held_out.fraction") => "held-out".to_owned(),
+        ("depth", "range") => "min-depth` to `--max-depth".to_owned(),
+        ("depth", "scale") => "depth-scale".to_owned(),
+        (_, key) => key.replace('_', "-"),
+    };
+    Usage(anyhow::anyhow!("{task}: `--{flag}` is {value}, it must be {expected}")).into()
 }
 
 /// Refuses a path at which no file can be written, before anything is measured.
@@ -86,6 +108,42 @@ pub(crate) fn check_writable(path: &Path) -> anyhow::Result<()> {
         return refuse(path, "is a folder, not a file to write");
     }
     if folder.is_dir() { Ok(()) } else { refuse(folder, "no such folder to write to") }
+}
+
+/// Refuses a path at which no result can be written, or at which something else is, before anything is measured.
+pub(crate) fn check_result(path: &Path) -> anyhow::Result<()> {
+    check_replaceable(path, "--output", "a result of `dinoxide eval`", |file| {
+        serde_json::from_reader::<_, Value>(BufReader::new(file)).is_ok_and(|value| compare::is_written(&value))
+    })
+}
+
+/// Refuses to write over a file unless `is_ours` says that the same command wrote it: a name given by mistake would cost
+/// the weights, a list or an image.
+fn check_replaceable(path: &Path, flag: &str, what: &str, is_ours: impl FnOnce(File) -> bool) -> anyhow::Result<()> {
+    check_writable(path)?;
+    if !path.exists() || path.is_file() && File::open(path).is_ok_and(is_ours) {
+        return Ok(());
+    }
+    let path = path.display();
+    Err(Usage(anyhow::anyhow!(
+        "{path}: is there and is not {what}, so it is not overwritten\n\nhint: choose another name for `{flag}`"
+    ))
+    .into())
+}
+
+/// What the header of a safetensors file has under `key` of its metadata, where that is JSON. No tensor is read.
+pub(crate) fn header_entry(mut file: File, key: &str) -> Option<Value> {
+    let available = file.metadata().ok()?.len();
+    let mut length = [0; 8];
+    file.read_exact(&mut length).ok()?;
+    let length = u64::from_le_bytes(length);
+    if length > available {
+        return None;
+    }
+    let mut header = Vec::new();
+    file.take(length).read_to_end(&mut header).ok()?;
+    let header: Value = serde_json::from_slice(&header).ok()?;
+    serde_json::from_str(header["__metadata__"][key].as_str()?).ok()
 }
 
 fn write(path: &Path, text: &str) -> anyhow::Result<()> {

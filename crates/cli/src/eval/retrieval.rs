@@ -8,7 +8,7 @@ use dinoxide_data::{ReadError, Source};
 use dinoxide_evaluation::{Extracted, GroundTruth, LabeledFeatures, RetrievalConfig, retrieval, revisited};
 use image::RgbImage;
 
-use super::common::{Frozen, Metric, Outcome, Set, Tokens};
+use super::common::{Frozen, Metric, Outcome, Set, Tokens, check_distinct};
 use crate::Usage;
 
 #[derive(clap::Args)]
@@ -25,10 +25,10 @@ pub(crate) struct Task {
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
     /// Images are relevant to each other if their first N folders are the same: 2 for `<class>/<object>/<view>.jpg`
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     instance_depth: usize,
     /// Ranks at which recall is taken
-    #[arg(long, value_name = "K", value_delimiter = ',', default_values_t = [1, 5, 10])]
+    #[arg(long, value_name = "K,K,…", value_delimiter = ',', default_value = "1,5,10", allow_negative_numbers = true)]
     k: Vec<usize>,
     /// Queries and what is relevant to them from this file, as revisited Oxford and Paris give it, in JSON
     #[arg(long, value_name = "FILE", conflicts_with_all = ["queries", "instance_depth", "k"])]
@@ -52,6 +52,7 @@ impl Task {
         if self.instance_depth == 0 {
             return Err(Usage(anyhow::anyhow!("`--instance-depth` is 0, must be at least 1")).into());
         }
+        check_distinct("retrieval", "--k", &self.k)?;
         let queries = match &self.queries {
             Some(spec) => Some(Set::open(spec, &self.exclude)?),
             None => None,

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use dinoxide_data::{AnnotatedSource, MapKind};
 use dinoxide_evaluation::dense::HeadConfig;
 use dinoxide_evaluation::dense::segmentation::{Classes, Ids, SegmentationHead, validate};
-use dinoxide_evaluation::{Method, Protocol, Report};
+use dinoxide_evaluation::{EvaluationError, Method, Protocol, Report};
 use serde_json::json;
 
 use super::common::{Metric, Outcome};
@@ -17,6 +17,7 @@ use crate::table::table;
 
 /// What is needed to train a head.
 #[derive(clap::Args)]
+#[command(mut_arg("val", |val| val.required(true)))]
 pub(crate) struct Task {
     #[command(flatten)]
     common: DenseCommon,
@@ -27,10 +28,10 @@ pub(crate) struct Task {
     #[command(flatten)]
     head: HeadArgs,
     /// Id of pixels that are neither trained on nor scored
-    #[arg(long, value_name = "ID", default_value_t = 255)]
+    #[arg(long, value_name = "ID", default_value_t = 255, allow_negative_numbers = true)]
     void: u32,
     /// Number of classes, whose ids are 0 and up; default: what the train masks have
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     classes: Option<usize>,
     /// Id 0 is no class and classes begin at 1, as in ADE20K
     #[arg(long)]
@@ -59,7 +60,7 @@ impl Task {
         let mut setup = DenseSetup::windowed(given, &self.common, config.kind)?;
         let train = self.pairs.open_train(MapKind::Mask, &mut setup.log)?;
         let val = self.pairs.open_val(MapKind::Mask, &mut setup.log)?;
-        let ids = if self.reduce_zero_label { Ids::FromOne } else { Ids::Classes };
+        let ids = self.ids();
         let count = match self.classes {
             Some(0) => return Err(Usage(anyhow::anyhow!("`--classes` is 0, must be at least 1")).into()),
             Some(count) => count,
@@ -68,12 +69,23 @@ impl Task {
         let names = self.names(count)?;
         let classes = Classes { count, void: self.void, ids };
         let mut log = crate::terminal::Log::new(None)?;
-        let (head, rejected) =
-            SegmentationHead::train(&setup.encoder()?, &train, classes, &config, &mut stages(&mut log))?;
+        let found = SegmentationHead::train(&setup.encoder()?, &train, classes, &config, &mut stages(&mut log));
         log.clear();
+        let (head, rejected) = found.map_err(|error| self.blamed(error, &train))?;
         warn(&mut log, &rejected);
         let train_images = train.len() - rejected.len();
         Ok(Trained { setup, head, config, classes, names, val, train_images })
+    }
+
+    fn ids(&self) -> Ids {
+        if self.reduce_zero_label { Ids::FromOne } else { Ids::Classes }
+    }
+
+    /// The error for a mask with an id that is no class: wrong usage if `--classes` is below what the masks have.
+    pub(crate) fn blamed(&self, error: EvaluationError, source: &AnnotatedSource) -> anyhow::Error {
+        let too_few = |given: usize| Classes::count_in(source, self.void, self.ids()).is_ok_and(|found| found > given);
+        let is_usage = matches!(error, EvaluationError::Annotation { .. }) && self.classes.is_some_and(too_few);
+        if is_usage { Usage(error.into()).into() } else { error.into() }
     }
 
     fn names(&self, count: usize) -> anyhow::Result<Vec<String>> {
@@ -96,8 +108,9 @@ impl DenseTask for Task {
         log.bar(val.len() as u64, 0, "{bar:28} scoring {pos}/{len} val images, {eta} left");
         let encoder = trained.setup.encoder()?;
         let mut progress = |done: usize, _: usize| log.set(done as u64, String::new());
-        let found = validate(&trained.head, &encoder, val, trained.classes, &mut progress)?;
+        let found = validate(&trained.head, &encoder, val, trained.classes, &mut progress);
         log.clear();
+        let found = found.map_err(|error| self.blamed(error, val))?;
         let inference = encoder.description();
         warn(&mut trained.setup.log, &found.rejected);
 

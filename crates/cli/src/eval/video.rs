@@ -9,7 +9,7 @@ use dinoxide_evaluation::{Method, Protocol, Report};
 use serde_json::json;
 
 use super::common::{Metric, Outcome};
-use super::dense::{DenseSetup, DenseTask, Layers, Seen};
+use super::dense::{DenseSetup, DenseTask, Layers, Seen, is_built_in};
 use super::given::Given;
 use crate::Usage;
 use crate::table::table;
@@ -28,18 +28,32 @@ pub(crate) struct Task {
     #[arg(long, value_name = "DIR")]
     masks: Option<PathBuf>,
     /// Frames before the one at hand that labels come from, besides the first
-    #[arg(long, value_name = "N", default_value_t = PropagationConfig::default().context)]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = PropagationConfig::default().context,
+        allow_negative_numbers = true
+    )]
     context: usize,
     /// Patches by which a place may move from one of these frames, along each axis
-    #[arg(long, value_name = "N", default_value_t = PropagationConfig::default().radius)]
+    #[arg(long, value_name = "N", default_value_t = PropagationConfig::default().radius, allow_negative_numbers = true)]
     radius: usize,
     /// Tokens that give their labels
-    #[arg(long, value_name = "K", default_value_t = PropagationConfig::default().top_k)]
+    #[arg(long, value_name = "K", default_value_t = PropagationConfig::default().top_k, allow_negative_numbers = true)]
     top_k: usize,
     /// Temperature of their weights
-    #[arg(long, value_name = "T", default_value_t = PropagationConfig::default().temperature)]
+    #[arg(
+        long,
+        value_name = "T",
+        default_value_t = PropagationConfig::default().temperature,
+        allow_negative_numbers = true
+    )]
     temperature: f32,
 }
+
+/// Where videos are looked for.
+const LAYOUT: &str =
+    "hint: give a folder with a folder for each video, its frames in `img/` and a mask for each in `mask/`";
 
 /// A folder of frames.
 struct Video {
@@ -126,6 +140,9 @@ impl DenseTask for Task {
 fn videos(args: &Task) -> anyhow::Result<Vec<Video>> {
     let data = &args.data;
     let usage = |message: String| Usage(anyhow::anyhow!("{}: {message}", data.display()));
+    if is_built_in(&data.to_string_lossy()) {
+        return Err(usage(format!("the built-in images are no videos\n\n{LAYOUT}")).into());
+    }
     let entries = std::fs::read_dir(data).map_err(|e| usage(e.to_string()))?;
     let mut folders: Vec<PathBuf> = entries
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
@@ -155,9 +172,7 @@ fn videos(args: &Task) -> anyhow::Result<Vec<Video>> {
         videos.push(Video { name, frames });
     }
     if videos.is_empty() {
-        return Err(
-            usage("no folder of a video in it\n\nhint: each video is a folder with `img/` and `mask/`".into()).into()
-        );
+        return Err(usage(format!("no folder of a video in it\n\n{LAYOUT}")).into());
     }
     Ok(videos)
 }

@@ -2,9 +2,11 @@
 
 use std::process::ExitCode;
 
+use dinoxide_evaluation::dense::segmentation::Classes;
+
 use super::canvas::{Sheet, Tile, check_output};
 use super::paint::{class_color, distance, heat, overlay};
-use super::{Output, file_name, spread, weights_note};
+use super::{Output, file_name, leave_out, spread, unreadable, weights_note};
 use crate::eval::given::Weights;
 use crate::eval::{depth, segmentation};
 
@@ -15,7 +17,13 @@ pub(crate) struct Args<T: clap::Args> {
     #[command(flatten)]
     task: T,
     /// Val images to show, evenly spread
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=100))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 4,
+        value_parser = clap::value_parser!(u64).range(1..=100),
+        allow_negative_numbers = true
+    )]
     count: u64,
     #[command(flatten)]
     output: Output,
@@ -26,25 +34,36 @@ pub(super) fn run_segmentation(args: &Args<segmentation::Task>) -> anyhow::Resul
     let trained = args.task.train(&args.given.load()?)?;
     let encoder = trained.setup.encoder()?;
     let (val, classes) = (&trained.val, trained.classes);
-    let mut rows = Vec::new();
+    let (mut rows, mut rejected) = (Vec::new(), Vec::new());
     let mut seen = std::collections::BTreeSet::new();
     for index in spread(val.len(), val.len().min(args.count as usize)) {
-        let image = val.image(index)?;
-        let truth = match classes.read(val, index, image.dimensions())? {
+        let image = match val.image(index) {
+            Ok(image) => image,
+            Err(error) => {
+                rejected.push(unreadable(index, error));
+                continue;
+            }
+        };
+        let truth = classes.read(val, index, image.dimensions()).map_err(|error| args.task.blamed(error, val))?;
+        let truth = match truth {
             Ok(truth) => truth,
-            Err(rejected) => anyhow::bail!("{}: {}", rejected.id, rejected.reason),
+            Err(why) => {
+                rejected.push(why);
+                continue;
+            }
         };
         let predicted = trained.head.predict(&encoder, &image)?;
-        let scored = predicted.iter().zip(&truth).filter(|(_, truth)| **truth != classes.void);
+        let scored = predicted.iter().zip(&truth).filter(|(_, truth)| **truth != Classes::VOID);
         let (right, all) = scored.fold((0usize, 0usize), |(r, n), (p, t)| (r + usize::from(p == t), n + 1));
         let share = if all == 0 { 0.0 } else { 100.0 * right as f64 / all as f64 };
-        seen.extend(truth.iter().chain(&predicted).copied().filter(|&class| class != classes.void));
+        seen.extend(truth.iter().chain(&predicted).copied().filter(|&class| class != Classes::VOID));
         rows.push(vec![
             Tile::new(image.clone(), file_name(&val.id(index))),
-            Tile::new(overlay(&image, &truth, classes.void), "the mask"),
-            Tile::new(overlay(&image, &predicted, classes.void), format!("the head, {share:.0} % of pixels right")),
+            Tile::new(overlay(&image, &truth, Classes::VOID), "the mask"),
+            Tile::new(overlay(&image, &predicted, Classes::VOID), format!("the head, {share:.0} % of pixels right")),
         ]);
     }
+    leave_out(rejected, rows.len())?;
     let legend =
         seen.into_iter().map(|class| (class_color(class as usize), trained.names[class as usize].clone())).collect();
     let sheet = Sheet {
@@ -67,15 +86,19 @@ pub(super) fn run_depth(args: &Args<depth::Task>) -> anyhow::Result<ExitCode> {
     let encoder = trained.setup.encoder()?;
     let val = &trained.val;
     let images = dinoxide_evaluation::dense::depth::DepthImages { source: val, scale: trained.scale };
-    let mut found = Vec::new();
+    let (mut found, mut rejected) = (Vec::new(), Vec::new());
     for index in spread(val.len(), val.len().min(args.count as usize)) {
         let (image, truth) = match images.read(index)? {
             Ok(both) => both,
-            Err(rejected) => anyhow::bail!("{}: {}", rejected.id, rejected.reason),
+            Err(why) => {
+                rejected.push(why);
+                continue;
+            }
         };
         let predicted = trained.head.predict(&encoder, &image)?;
         found.push((file_name(&val.id(index)), image, truth, predicted));
     }
+    leave_out(rejected, found.len())?;
     // One scale of colours for all, without the few pixels that are farthest.
     let mut known: Vec<f32> =
         found.iter().flat_map(|(_, _, truth, _)| truth.iter().copied().filter(|depth| *depth > 0.0)).collect();

@@ -10,13 +10,14 @@ mod pca;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use dinoxide_data::{DecodeLimits, decode_file, open};
+use dinoxide_data::{DecodeLimits, ReadError, Rejected, decode_file, open};
+use dinoxide_evaluation::EvaluationError;
 use image::RgbImage;
 
-use crate::eval::dense::{DenseSetup, Seen};
+use crate::eval::dense::{DenseSetup, Seen, warn};
 use crate::eval::given::Weights;
-use crate::eval::{depth, segmentation};
-use crate::terminal;
+use crate::eval::{by_flag, depth, segmentation};
+use crate::terminal::{self, Log};
 
 /// The pictures.
 #[derive(clap::Subcommand)]
@@ -42,7 +43,13 @@ struct Output {
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
     /// Height of a tile, in pixels
-    #[arg(long, value_name = "PX", default_value_t = 176, value_parser = clap::value_parser!(u32).range(16..=2048))]
+    #[arg(
+        long,
+        value_name = "PX",
+        default_value_t = 176,
+        value_parser = clap::value_parser!(u32).range(16..=2048),
+        allow_negative_numbers = true
+    )]
     tile: u32,
 }
 
@@ -65,12 +72,18 @@ struct Images {
     #[arg(long, value_name = "PATH")]
     data: String,
     /// How many of them, evenly spread over the folder
-    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u64).range(1..=100))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 6,
+        value_parser = clap::value_parser!(u64).range(1..=100),
+        allow_negative_numbers = true
+    )]
     count: u64,
 }
 
 impl Images {
-    /// The images, with their names.
+    /// The images, with their names. Those of a folder that cannot be read are left out with a warning.
     fn read(&self) -> anyhow::Result<Vec<(String, RgbImage)>> {
         let limits = DecodeLimits::default();
         let path = Path::new(&self.data);
@@ -79,10 +92,30 @@ impl Images {
             return Ok(vec![(file_name(&self.data), image)]);
         }
         let source = open(&self.data, &limits)?;
-        spread(source.len(), source.len().min(self.count as usize))
-            .map(|index| Ok((file_name(&source.id(index)), source.read(index)?)))
-            .collect()
+        let (mut images, mut rejected) = (Vec::new(), Vec::new());
+        for index in spread(source.len(), source.len().min(self.count as usize)) {
+            match source.read(index) {
+                Ok(image) => images.push((file_name(&source.id(index)), image)),
+                Err(error) => rejected.push(unreadable(index, error)),
+            }
+        }
+        leave_out(rejected, images.len())?;
+        Ok(images)
     }
+}
+
+/// An image that cannot be shown.
+fn unreadable(index: usize, error: ReadError) -> Rejected {
+    Rejected { index, id: error.id, reason: error.reason.to_string() }
+}
+
+/// Lists what cannot be read, beside which there must be something to show.
+fn leave_out(rejected: Vec<Rejected>, shown: usize) -> anyhow::Result<()> {
+    if shown == 0 {
+        return Err(EvaluationError::NothingReadable { rejected }.into());
+    }
+    warn(&mut Log::new(None)?, &rejected);
+    Ok(())
 }
 
 /// `count` indices below `len`, evenly spread.
@@ -108,12 +141,13 @@ fn weights_note(setup: &DenseSetup) -> String {
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
-    match command {
+    let outcome = match command {
         Command::Pca(args) => pca::run(args),
         Command::Attention(args) => attention::run_attention(args),
         Command::Norms(args) => attention::run_norms(args),
         Command::Neighbors(args) => neighbors::run(args),
         Command::Segmentation(args) => dense::run_segmentation(args),
         Command::Depth(args) => dense::run_depth(args),
-    }
+    };
+    outcome.map_err(by_flag)
 }

@@ -23,16 +23,34 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     data: String,
     /// Images whose neighbours are shown, evenly spread over the folder
-    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u64).range(1..=100))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 6,
+        value_parser = clap::value_parser!(u64).range(1..=100),
+        allow_negative_numbers = true
+    )]
     count: u64,
     /// Neighbours of each
-    #[arg(long, value_name = "K", default_value_t = 7, value_parser = clap::value_parser!(u64).range(1..=50))]
+    #[arg(
+        long,
+        value_name = "K",
+        default_value_t = 7,
+        value_parser = clap::value_parser!(u64).range(1..=50),
+        allow_negative_numbers = true
+    )]
     k: u64,
     /// Side of the crop that the backbone sees, in pixels; default: the size it was trained at
-    #[arg(long, value_name = "PX")]
+    #[arg(long, value_name = "PX", allow_negative_numbers = true)]
     crop: Option<usize>,
     /// Images in one forward. Out of memory: lower
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 64,
+        value_parser = clap::value_parser!(u64).range(1..),
+        allow_negative_numbers = true
+    )]
     batch_size: u64,
     /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `wgpu:0`, `metal`
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]

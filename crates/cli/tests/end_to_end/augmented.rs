@@ -64,7 +64,7 @@ fn learning_rates_can_be_chosen() {
     for list in ["0", "0.1,-1", "inf"] {
         let list = format!("--lr={list}");
         let refused = eval(&place, "linear", &[&args[..7], &[list.as_str()]].concat());
-        refused.failed(2, &["linear: `learning_rates` is [", "it must be a list of numbers above 0, at least one"]);
+        refused.failed(2, &["linear: `--lr` is [", "it must be a list of numbers above 0, at least one"]);
     }
 }
 

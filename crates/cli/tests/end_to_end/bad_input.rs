@@ -60,6 +60,68 @@ fn recipes_that_are_missing_or_extend_themselves_are_reported() {
 }
 
 #[test]
+fn all_recipes_are_listed_for_a_name_that_is_like_none() {
+    let place = Workplace::new();
+    let listed = place.run(&["recipes"]).succeeded().stdout;
+    let known: Vec<String> =
+        listed.lines().map(|line| format!("`{}`", line.split(".toml").next().unwrap_or_default())).collect();
+    assert!(known.len() > 15, "{listed}");
+    let failed = place.run(&["train", "--config", "nosuch"]);
+    failed.failed(2, &known.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(!failed.stderr.contains("`base/"), "{}", failed.stderr);
+}
+
+#[test]
+fn a_flag_and_a_setting_that_contradict_each_other_are_named_with_both_values() {
+    let place = Workplace::new();
+    let cases: [(&[&str], &str); 5] = [
+        (
+            &["--lr", "1e-3", "--set", "schedule.lr.peak=2e-3"],
+            "`--lr` and `--set schedule.lr.peak=2e-3` contradict each other in `schedule.lr.peak`: 0.001 and 0.002",
+        ),
+        (&["--seed", "4", "--set", "train={ seed = 3 }"], "`--seed` and `--set train={ seed = 3 }` contradict"),
+        (&["--length", "5 steps", "--set", "train.length='6 steps'"], "`train.length`: \"5 steps\" and \"6 steps\""),
+        (&["--data", "photos", "--set", "data.source='others'"], "`data.source`: \"photos\" and \"others\""),
+        (&["--loader-threads", "1", "--set", "efficiency.loader_threads=2"], "`--loader-threads` and "),
+    ];
+    for (args, part) in cases {
+        assert_refused(&place, args, &[part]);
+    }
+    assert_eq!(cases.len(), 5);
+    // The same value in two ways, and another key of the same table.
+    let same = ["--length", "2 steps", "--set", "train.length='2 steps'"];
+    let beside = ["--lr", "1e-3", "--set", "schedule.lr={ peak = 0.001, end = 0.0 }"];
+    place.train("run", &[same, beside].concat()).succeeded();
+}
+
+#[test]
+fn numbers_below_zero_are_refused_with_what_is_possible() {
+    let place = Workplace::new();
+    let whole = "expected a whole number that is not negative";
+    assert_refused(&place, &["--lr", "-1"], &["`schedule.lr.peak` is -1, must be a number from 0 on"]);
+    assert_refused(&place, &["--seed", "-1"], &["`train.seed`: ", whole, "-1"]);
+    assert_refused(&place, &["--batch-size", "-3"], &["`train.batch_size`: ", whole, "-3"]);
+    assert_refused(&place, &["--loader-threads", "-2"], &["`efficiency.loader_threads`: ", whole, "-2"]);
+    assert_refused(&place, &["--length", "-2 steps"], &["`train.length`: ", "-2 steps", "lies between 0 and"]);
+}
+
+#[test]
+fn a_run_does_not_go_into_a_folder_of_other_things() {
+    let place = Workplace::new();
+    place.write_classes("photos", &["cat", "dog"], 3);
+    place.write("photo.jpg", "");
+    let hint = "hint: give `--run` a folder that does not exist yet";
+    place.train("photos", &[]).failed(2, &["photos: it holds `cat` and no `config.toml`", hint]);
+    assert_eq!(names(&place.path("photos")), ["cat", "dog"]);
+    for run in ["photo.jpg", "photo.jpg/run"] {
+        place.train(run, &[]).failed(2, &["photo.jpg: a file, and a run is a folder", hint]);
+    }
+    // What a run leaves that is killed at once.
+    place.write("begun/.lock", "");
+    place.train("begun", &["--length", "2 steps"]).succeeded();
+}
+
+#[test]
 fn devices_that_this_build_lacks_are_named_with_their_feature() {
     let place = Workplace::new();
     assert_refused(&place, &["--device", "gpu"], &["unknown device `gpu`", "hint: use `cpu`"]);
@@ -93,6 +155,22 @@ fn sizes_that_do_not_fit_are_named_with_the_nearest_that_do() {
     set("dino_head.prototypes=0", &["`dino_head.prototypes` is 0, must be at least 1"]);
     set("model.num_heads=3", &["32", "3"]);
     assert_refused(&place, &["--length", "1 steps"], &["`schedule.", "1"]);
+}
+
+#[test]
+fn values_without_effect_are_named() {
+    let place = Workplace::new();
+    let set = |settings: &[&str], parts: &[&str]| {
+        let args: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+        assert_refused(&place, &args, parts);
+    };
+    set(&["model.interpolate_offset=0.2"], &["`model.interpolate_offset = 0.2` has no effect", "\"rope\""]);
+    set(
+        &["model.position='learned'", "model.rope_rescale=2.0"],
+        &["`model.rope_rescale = 2.0` has no effect", "\"learned\""],
+    );
+    let temp = "schedule.teacher_patch_temp={start=0.04,peak=0.04,end=0.04}";
+    set(&["loss.ibot_weight=0", temp], &["`schedule.teacher_patch_temp` is set and `loss.ibot_weight` is 0"]);
 }
 
 #[test]

@@ -34,6 +34,23 @@ fn the_report_names_the_parts_and_their_shares() {
 }
 
 #[test]
+fn flags_are_those_of_train_and_stages_are_left_out() {
+    let place = Workplace::new();
+    let distilled = "extends = \"tiny.toml\"\ndistillation = { teacher = \"nowhere\" }\n\n[[stages]]\nname = \"one\"\n";
+    place.write("distilled.toml", distilled);
+    place.train("large", &["--length", "2 steps"]).succeeded();
+    let run =
+        |args: &[&str]| place.run(&[&["bench", "step", "--config", "distilled.toml", "--steps", "1"], args].concat());
+    let hint = "nowhere: there is no such file or folder\n\nhint: give one with `--teacher`";
+    run(&[]).failed(2, &[hint]);
+    run(&["--device", "abacus"]).failed(2, &["abacus"]);
+    run(&["--batch-size", "3", "--set", "train.batch_size=5"]).failed(2, &["`--batch-size`", "3 and 5"]);
+    let done = run(&["--teacher", "large", "--batch-size", "3"]).succeeded();
+    assert!(done.stdout.contains("steps of 3 images"), "{}", done.stdout);
+    assert!(done.stderr.starts_with("note: measured is the recipe itself, without what its `[[stages]]` set\n"));
+}
+
+#[test]
 fn what_cannot_be_measured_is_refused() {
     let place = Workplace::new();
     let run = |args: &[&str]| place.run(&[&["bench", "step"], args].concat());

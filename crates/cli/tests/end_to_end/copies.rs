@@ -84,15 +84,16 @@ fn what_cannot_be_asked_of_copies_is_refused() {
         (&["--originals", "nowhere"][..], "nowhere"),
         (&["--originals", "val", "--distractors", "val"], "val: originals and distractors are the same images"),
         (&["--originals", "val", "--edits", "zoom"], "no edit has this name, the edits are crop, flip, "),
+        (&["--originals", "val", "--edits", "crop,flip,crop"], "copies: `--edits` has crop twice"),
         (&["--originals", "val", "--pairs", "p.csv"], "--copies"),
         (&["--originals", "val", "--whiten-dims", "3"], "--whiten"),
-        (&["--originals", "val", "--whiten", "val", "--whiten-dims", "9"], "`whiten_dims` is 9 with 9 images"),
+        (&["--originals", "val", "--whiten", "val", "--whiten-dims", "9"], "`--whiten-dims` is 9 with 9 images"),
         (&["--originals", "val", "--crop", "18"], "18"),
     ] {
         copies(&place, args).failed(2, &[message]);
         seen += 1;
     }
-    assert_eq!(seen, 7);
+    assert_eq!(seen, 8);
     place.write("val/cat/broken.png", "no image");
     let found = copies(&place, &["--originals", "val", "--edits", "flip"]).succeeded();
     assert_eq!(found.stderr.matches("warning: cat/broken.png").count(), 1, "{}", found.stderr);

@@ -52,8 +52,8 @@ fn silhouettes_are_carried_within_objects_and_across_them() {
     }
     let mut seen = 0;
     for (args, message) in [
-        (&["--instance-depth", "3"][..], "`instance_depth` is 3 with `cup/0/0` in 2 folder(s)"),
-        (&["--sources", "0"], "`sources` is 0"),
+        (&["--instance-depth", "3"][..], "`--instance-depth` is 3 with `cup/0/0` in 2 folder(s)"),
+        (&["--sources", "0"], "`--sources` is 0"),
         (&["--boxes", "b.csv"], "--keypoints"),
         (&["--layers", "9"], "the last 9 blocks"),
     ] {
@@ -118,5 +118,5 @@ fn keypoints_are_carried_by_folders_or_by_a_list() {
         .failed(1, &["cup/0/0.png", "keypoint `left` at column 24, row 5 is outside the image of 24x20"]);
     place.write("points.csv", "cup/0/0.png,left,4,5\ncup/0/1.png,right,3,5\n");
     correspondence(&place, &base).failed(2, &["no two images have one in common, in 2 pairs"]);
-    correspondence(&place, &[&base[..], &["--temperature", "0"]].concat()).failed(2, &["`temperature` is 0"]);
+    correspondence(&place, &[&base[..], &["--temperature", "0"]].concat()).failed(2, &["`--temperature` is 0"]);
 }

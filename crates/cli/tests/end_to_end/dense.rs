@@ -77,6 +77,10 @@ fn masks_that_do_not_fit_are_refused_by_name() {
     bad(&[&["--val", "strange"]])
         .failed(1, &["`0`: the mask has id 9 at column 4, row 4; there are 2 classes", "`--void 9`"]);
     bad(&[&["--val", "strange", "--void", "9"]]).succeeded();
+    // Here the flag is at fault, in val masks and in train masks.
+    bad(&[&["--val", "strange", "--classes", "2"]]).failed(2, &["the mask has id 9", "there are 2 classes"]);
+    bad(&[&["--val", "good", "--classes", "1"]]).failed(2, &["the mask has id 1", "there are 1 classes"]);
+    bad(&[&["--val", "small", "--classes", "2"]]).failed(1, &["`0`: the image is 24x20, its map 24x19"]);
     place.write_image("colors/img/0.png", &RgbImage::new(24, 20));
     place.write_image("colors/mask/0.png", &RgbImage::new(24, 20));
     let colors = bad(&[&["--val", "colors"]]);
@@ -84,20 +88,50 @@ fn masks_that_do_not_fit_are_refused_by_name() {
     annotated(&place, "apart", 1, |i| square(i, 1));
     std::fs::rename(place.path("apart/mask/0.png"), place.path("apart/mask/7.png")).expect("renamed");
     bad(&[&["--val", "apart"]]).failed(2, &["`apart`: 1 image(s) and 1 mask(s), no name in common", "hint: "]);
-    bad(&[]).failed(2, &["`--val` is missing"]);
+    bad(&[]).failed(2, &["the following required arguments were not provided", "--val <DIR>"]);
+    run(&place, ["viz", "segmentation"], &[&train, &["--output", "a.png"]]).failed(2, &["--val <DIR>"]);
     bad(&[&["--val", "nowhere"]]).failed(2, &["`nowhere`: no such folder"]);
     bad(&[&["--val", "good", "--window", "18"]])
         .failed(2, &["18 px is not a multiple of the patch size 4", "hint: 16"]);
     bad(&[&["--val", "good", "--layers", "7"]]).failed(2, &["the last 7 blocks"]);
-    bad(&[&["--val", "good", "--learning-rate", "0"]]).failed(2, &["`learning_rate` is 0"]);
+    bad(&[&["--val", "good", "--learning-rate", "0"]]).failed(2, &["segmentation: `--learning-rate` is 0"]);
+    bad(&[&["--val", "good", "--learning-rate", "-1"]]).failed(2, &["segmentation: `--learning-rate` is -1"]);
     bad(&[&["--val", "good", "--output", "nowhere/a.json"]]).failed(2, &["nowhere: no such folder to write to"]);
     place.write("names.txt", "ground\n");
     bad(&[&["--val", "good", "--class-names", "names.txt"]]).failed(2, &["names.txt: 1 names for 2 classes"]);
     place.write("list.txt", "0\n5\n");
     bad(&[&["--val", "good", "--val-list", "list.txt"]]).failed(2, &["`5` is listed", "1 of 2"]);
+    bad(&[&["--val", "good", "--train-list", "none.txt"]]).failed(2, &["data: list `none.txt`: ", "hint: "]);
     place.write("list.txt", "2\n0\n");
     let listed = bad(&[&["--val", "good", "--val-list", "list.txt"]]).succeeded();
     assert!(listed.stdout.contains("2 val images"), "{}", listed.stdout);
+}
+
+#[test]
+fn flags_about_files_are_refused_for_built_in_images() {
+    let place = place();
+    let mut seen = 0;
+    for (flag, value) in [
+        ("--train-maps", "maps"),
+        ("--train-list", "list.txt"),
+        ("--val-maps", "maps"),
+        ("--val-list", "list.txt"),
+        ("--image-suffix", "_rgb"),
+        ("--map-suffix", "_id"),
+    ] {
+        for task in ["segmentation", "depth", "foreground"] {
+            let found = run(&place, ["eval", task], &[&TRAIN, &VAL, &SHORT, &[flag, value]]);
+            found.failed(2, &[&format!("`{flag}` is about files, and the built-in images are in none"), "hint: "]);
+            seen += 1;
+        }
+    }
+    assert_eq!(seen, 18);
+    // A folder beside them may have suffixes.
+    annotated(&place, "good", 2, |i| square(i, 1));
+    let beside = ["--val", "good", "--map-suffix", "_id"];
+    run(&place, ["eval", "segmentation"], &[&TRAIN, &SHORT, &beside]).failed(2, &["`good`: 2 image(s) and 0 mask(s)"]);
+    run(&place, ["eval", "depth"], &[&TRAIN, &SHORT, &["--split-by-time", "0.5", "--val-list", "list.txt"]])
+        .failed(2, &["--val <DIR>"]);
 }
 
 #[test]
@@ -122,7 +156,8 @@ fn depth_is_scored_beside_the_mean() {
     room(&["--split-by-time", "0.5", "--val", "room"]).failed(2, &["two ways"]);
     room(&["--split-by-time", "0.5", "--depth-scale", "1"])
         .failed(1, &["none of the 5 depth map(s)", "the largest is 1400 m", "hint: ", "0.001 for millimetres"]);
-    room(&["--split-by-time", "0.5", "--min-depth", "3", "--max-depth", "2"]).failed(2, &["`range` is 3 to 2 m"]);
+    room(&["--split-by-time", "0.5", "--min-depth", "3", "--max-depth", "2"])
+        .failed(2, &["`--min-depth` to `--max-depth` is 3 to 2 m"]);
     for i in 0..10 {
         let map = ImageBuffer::<Luma<u16>, Vec<u16>>::new(24, 20);
         map.save(place.path(&format!("room/frame-{i:03}.depth.png"))).expect("written");
@@ -181,7 +216,8 @@ fn videos_are_scored_object_by_object() {
     video(&["--data", "videos"]).failed(2, &["1 of the 5 frames of `one` have no mask"]);
     std::fs::create_dir(place.path("nothing")).expect("made");
     video(&["--data", "nothing"]).failed(2, &["nothing: no folder of a video", "hint: "]);
-    video(&["--data", "short", "--temperature", "0"]).failed(2, &["`temperature` is 0"]);
+    video(&["--data", "synthetic"]).failed(2, &["synthetic: the built-in images are no videos", "hint: give a folder"]);
+    video(&["--data", "short", "--temperature", "0"]).failed(2, &["`--temperature` is 0"]);
 }
 
 #[test]
@@ -244,5 +280,35 @@ fn every_picture_is_a_png_of_some_size() {
     pca(&["--data", "synthetic", "--output", "no/a.png"]).failed(2, &["no/a.png: its folder does not exist"]);
     run(&place, ["viz", "neighbors"], &[&["--data", "synthetic:images=5,size=16", "--output", "a.png"]])
         .failed(2, &["5 images, too few for 7 neighbours"]);
+    pca(&["--data", "synthetic", "--output", "a.png", "--count", "-1"])
+        .failed(2, &["invalid value '-1' for '--count <N>'"]);
     assert!(!place.path("a.png").exists() && !place.path("a.jpg").exists());
+}
+
+#[test]
+fn pictures_leave_out_what_cannot_be_read() {
+    let place = place();
+    annotated(&place, "good", 3, |i| square(i, 1));
+    annotated(&place, "partly", 3, |i| square(i, 1));
+    place.write("partly/img/1.png", "no image");
+    place.write("bad/0.png", "no image");
+    let output = ["--output", "picture.png"];
+    for kind in ["pca", "attention", "norms"] {
+        let done = run(&place, ["viz", kind], &[&["--data", "partly/img"], &output]).succeeded();
+        assert!(done.stderr.contains("warning: 1.png: ") && done.stderr.contains("; left out\n"), "{}", done.stderr);
+        std::fs::remove_file(place.path("picture.png")).expect("there");
+        run(&place, ["viz", kind], &[&["--data", "bad"], &output])
+            .failed(1, &["none of the 1 image(s) can be read\n  `0.png`: "]);
+        run(&place, ["viz", kind], &[&["--data", "partly/img/1.png"], &output]).failed(1, &["partly/img/1.png: "]);
+        assert!(!place.path("picture.png").exists());
+    }
+    let heads = ["--train", "good", "--val", "partly"];
+    let done = run(&place, ["viz", "segmentation"], &[&heads, &SHORT, &output]).succeeded();
+    assert!(done.stderr.contains("warning: partly/img/1.png: "), "{}", done.stderr);
+    place.write("partly/img/0.png", "no image");
+    place.write("partly/mask/2.png", "no mask");
+    std::fs::remove_file(place.path("picture.png")).expect("there");
+    run(&place, ["viz", "segmentation"], &[&heads, &SHORT, &output])
+        .failed(1, &["none of the 3 image(s) can be read", "`partly/img/0.png`: ", "`partly/mask/2.png`: "]);
+    assert!(!place.path("picture.png").exists());
 }

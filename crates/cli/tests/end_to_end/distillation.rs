@@ -112,6 +112,18 @@ fn students_of_one_teacher_are_what_each_would_be_alone() {
 }
 
 #[test]
+fn masks_are_of_the_patches_of_the_students_that_use_them() {
+    let place = place_with_teacher();
+    let coarse = "extends = \"tiny.toml\"\ndistillation = { teacher = \"large\" }\n[[students]]\nname = \"coarse\"\n\
+                  [students.set]\nmodel = { patch_size = 8 }\nloss = { ibot_weight = 0.0 }\n\
+                  [[students]]\nname = \"small\"\n";
+    place.write("students.toml", coarse);
+    place.run(&["train", "--config", "students.toml", "--run", "both"]).succeeded();
+    place.train("small", &TEACHER).succeeded();
+    crate::resume::assert_same_run(&place, "small", "both/small");
+}
+
+#[test]
 fn a_student_learns_from_the_cache_what_it_learns_from_the_teacher() {
     let place = place_with_teacher();
     let cache = |output: &str, more: &[&str]| {
@@ -155,9 +167,21 @@ fn a_student_learns_from_the_cache_what_it_learns_from_the_teacher() {
     cache("tokens", &long).succeeded();
     assert!(place.read("tokens/tokens-000000.safetensors") == first, "the tokens differ");
 
+    // So is one that is damaged, which no run begins with.
+    place.write("tokens/tokens-000001.safetensors", &place.read("tokens/tokens-000001.safetensors")[..900]);
+    student("damaged", &["--set", "distillation.cache='tokens'"])
+        .failed(2, &["tokens-000001.safetensors: it has 900 bytes, its header says ", "`dinoxide cache`"]);
+    assert!(!place.path("damaged").exists());
+    let again = cache("tokens", &long).succeeded();
+    assert!(again.stdout.contains("64 images") && again.stdout.contains("256 were there"), "{}", again.stdout);
+    student("repaired", &["--set", "distillation.cache='tokens'"]).succeeded();
+
     place.train("other", &["--set", "model.embed_dim=48", "--set", "model.num_heads=3", "--seed", "5"]).succeeded();
     let with_cache = ["--set", "distillation.cache='tokens'"];
-    let cases: [(&[&str], &[&str]); 7] = [
+    let gram = ["loss.gram.weight=1", "loss.gram.teacher='snapshot'", "augmentation.gram_crop_size=24"];
+    let gram = gram.map(|setting| ["--set", setting]).concat();
+    let cases: [(&[&str], &[&str]); 8] = [
+        (&gram, &["`crops.gram_crop_size` is 0 in the cache, 24 in the run"]),
         (&["--seed", "3"], &["`distillation.cache`: tokens was made of something else", "`seed` is 0 in the cache, 3"]),
         (&["--set", "train.precision='bf16'"], &["`precision` is \"fp32\" in the cache, \"bf16\" in the run"]),
         (&["--set", "augmentation.hue=0.3"], &["`crops.hue` is 0.1 in the cache, 0.3 in the run"]),
@@ -170,7 +194,7 @@ fn a_student_learns_from_the_cache_what_it_learns_from_the_teacher() {
         student("run", &[&with_cache[..], args].concat()).failed(2, parts);
         assert!(!place.path("run").exists(), "{args:?}");
     }
-    assert_eq!(cases.len(), 7);
+    assert_eq!(cases.len(), 8);
     cache("tokens", &[&long[..], &["--set", "train.seed=9"]].concat()).failed(2, &["`seed` is 0 in the cache, 9"]);
 }
 
@@ -213,6 +237,17 @@ fn a_run_goes_on_from_given_weights() {
         line.expect("an evaluation")["knn"]["top1"].as_f64().expect("a number")
     };
     assert_eq!(knn("first", true), knn("second", false));
+}
+
+#[test]
+fn a_gram_teacher_may_differ_in_what_only_training_uses() {
+    let place = Workplace::new();
+    place.train("first", &[]).succeeded();
+    let gram = ["loss.gram.weight=1", "loss.gram.teacher='first'", "loss.gram.refresh_every='2 steps'"];
+    let settings = [&gram[..], &["model.drop_path_rate=0.2"]].concat();
+    let args: Vec<&str> = settings.iter().flat_map(|setting| ["--set", *setting]).collect();
+    place.train("second", &args).succeeded();
+    assert!(last_losses(&place, "second")["gram"].is_f64());
 }
 
 #[test]

@@ -29,7 +29,7 @@ fn every_kind_of_token_is_written_with_labels_and_names() {
     let done = embed(&place, &["--tokens", "patches,cls,mean", "--output", "f.safetensors"]).succeeded();
     assert!(done.stderr.contains("warning: dog/broken.png: "), "{}", done.stderr);
     assert!(
-        done.stderr.ends_with("wrote f.safetensors: cls [32], mean [32], patches [16, 32] of 25 images\n"),
+        done.stderr.ends_with("wrote f.safetensors: cls [32], mean [32], patches [16, 32] of 24 images, 1 left out\n"),
         "{}",
         done.stderr
     );
@@ -49,6 +49,18 @@ fn every_kind_of_token_is_written_with_labels_and_names() {
     let lines: Vec<&str> = csv.lines().collect();
     assert_eq!(lines.len(), 25);
     assert_eq!((lines[0], lines[1], lines[9]), ("row,image,label,class", "0,cat/0.png,0,cat", "8,dog/0.png,1,dog"));
+
+    // The header counts what is there, and so does whoever finds the file.
+    let bytes = place.read("f.safetensors");
+    let (_, header) = SafeTensors::read_metadata(&bytes).expect("a header");
+    let stamp = &header.metadata().as_ref().expect("metadata")["dinoxide.embed"];
+    let stamp: serde_json::Value = serde_json::from_str(stamp).expect("JSON");
+    assert_eq!((&stamp["images"], &stamp["images_found"]), (&24.into(), &25.into()), "{stamp}");
+    let again = embed(&place, &["--tokens", "patches,cls,mean", "--output", "f.safetensors"]).succeeded();
+    let all = "f.safetensors is there already, nothing was written: cls [32], mean [32], patches [16, 32] of 24 images, \
+               1 left out\n";
+    assert!(again.stderr.ends_with(all) && !again.stderr.contains("wrote"), "{}", again.stderr);
+    assert_eq!(place.read("f.safetensors"), bytes);
 
     embed(&place, &["--normalize", "--output", "unit.safetensors"]).succeeded();
     let unit = tensors(&place, "unit.safetensors");
@@ -74,6 +86,8 @@ fn an_interrupted_run_goes_on_with_the_files_that_are_missing() {
     let before = std::fs::metadata(place.path(&file(1))).expect("a file").modified().expect("a time");
     let again = embed(&place, &args).succeeded();
     assert!(again.stderr.contains("2 of 3 files are there already"), "{}", again.stderr);
+    assert!(again.stderr.contains("wrote 1 of 3 files, out/f-00001-of-00003.safetensors to "), "{}", again.stderr);
+    assert!(again.stderr.ends_with(": cls [32] of 24 images\n"), "{}", again.stderr);
     assert_eq!((1..=3).map(|number| place.read(&file(number))).collect::<Vec<_>>(), all);
     assert_eq!(std::fs::metadata(place.path(&file(1))).expect("a file").modified().expect("a time"), before);
     let whole = embed(&place, &["--output", "whole.safetensors", "--batch-size", "24"]);
@@ -93,7 +107,7 @@ fn an_interrupted_run_goes_on_with_the_files_that_are_missing() {
     place.write(&file(2), "something else");
     embed(&place, &args).failed(2, &["f-00002-of-00003.safetensors: is there and was not written by `embed`"]);
     place.write_image("train/cat/new.png", &crate::support::picture(20, 17, 0, 9));
-    embed(&place, &args).failed(2, &["`images` is 24, now 25"]);
+    embed(&place, &args).failed(2, &["`images_found` is 24, now 25"]);
 }
 
 #[test]

@@ -96,11 +96,35 @@ fn sets_whose_classes_differ_are_refused() {
 fn settings_out_of_range_are_refused() {
     let place = place();
     eval(&place, "knn", &["--k", "200"]).failed(2, &["k = 200, but train has only 24 samples", "hint: lower `k`"]);
-    eval(&place, "knn", &["--k", "0"]).failed(2, &["knn: `k` is [0], it must be"]);
+    eval(&place, "knn", &["--k", "0"]).failed(2, &["knn: `--k` is [0], it must be"]);
     eval(&place, "knn", &["--k", "2", "--crop", "18"]).failed(2, &["18 is not a multiple of the patch size 4"]);
     eval(&place, "knn", &["--k", "2", "--batch-size", "0"]).failed(2, &["`--batch-size` is 0, must be at least 1"]);
-    eval(&place, "linear", &["--iterations", "0"]).failed(2, &["`iterations`", "0"]);
+    eval(&place, "linear", &["--iterations", "0"]).failed(2, &["linear: `--iterations` is 0"]);
+    eval(&place, "knn", &["--k", "2", "--temperature", "-1"])
+        .failed(2, &["knn: `--temperature` is -1.0, it must be above 0 and finite"]);
+    eval(&place, "knn", &["--k", "-3"]).failed(2, &["invalid value '-3' for '--k <K,K,…>'"]);
     eval(&place, "knn", &["--device", "gpu"]).failed(2, &["unknown device `gpu`"]);
+}
+
+#[test]
+fn a_result_replaces_nothing_but_a_result() {
+    let place = place();
+    place.write("names.txt", "a\n");
+    place.write("settings.json", "{\"task\": \"knn\", \"metrics\": []}");
+    let knn = |output: &str| eval(&place, "knn", &["--k", "2", "--output", output]);
+    let mut seen = 0;
+    for name in ["run/teacher.safetensors", "train/cat/0.png", "names.txt", "settings.json"] {
+        let before = place.read(name);
+        let message = format!("{name}: is there and is not a result of `dinoxide eval`");
+        knn(name).failed(2, &[&message, "hint: choose another name for `--output`"]);
+        assert!(place.read(name) == before, "{name}");
+        seen += 1;
+    }
+    assert_eq!(seen, 4);
+    knn("knn.json").succeeded();
+    eval(&place, "knn", &["--k", "3", "--output", "knn.json"]).succeeded();
+    let result = one_object(&String::from_utf8(place.read("knn.json")).expect("UTF-8"));
+    assert_eq!(result["protocol"]["method"]["k"], serde_json::json!([3]));
 }
 
 #[test]
@@ -140,8 +164,8 @@ fn files_that_are_no_backbone_are_named() {
     ];
     for (file, reason) in cases {
         let parts = [&format!("error: {file}: "), reason];
-        // A path that leads nowhere is wrong usage, a file that is no backbone is not.
-        let code = if file.starts_with("missing") { 2 } else { 1 };
+        // A path that leads nowhere or to a folder without weights is wrong usage, a file that is no backbone is not.
+        let code = if file.starts_with("missing") || file == "train" { 2 } else { 1 };
         place.run(&["inspect", file]).failed(code, &parts);
         let args = ["eval", "knn", "--weights", file, "--train", "train", "--val", "val", "--json"];
         place.run(&args).failed(code, &parts);

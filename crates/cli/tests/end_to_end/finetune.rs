@@ -84,14 +84,16 @@ fn fine_tuning_does_not_depend_on_threads_and_hardly_on_the_size_of_a_forward() 
 fn what_cannot_be_fine_tuned_is_refused() {
     let place = place();
     for (args, message) in [
-        (["--epochs", "0"], "finetune: `epochs` is 0, it must be at least 1"),
-        (["--samples", "0"], "finetune: `batch_size` is 0, it must be at least 1"),
-        (["--lr", "0"], "finetune: `learning_rate` is 0, it must be above 0 and finite"),
-        (["--layer-decay", "1.5"], "finetune: `layer_decay` is 1.5, it must be above 0 and at most 1"),
-        (["--weight-decay", "inf"], "finetune: `weight_decay` is inf, it must be at least 0 and finite"),
-        (["--warmup", "1"], "finetune: `warmup` is 1, it must be at least 0 and below 1"),
-        (["--drop-path", "1"], "finetune: `drop_path` is 1, it must be at least 0 and below 1"),
-        (["--held-out", "0"], "finetune: `selection.held_out.fraction` is 0, it must be above 0 and below 1"),
+        (["--epochs", "0"], "finetune: `--epochs` is 0, it must be at least 1"),
+        (["--samples", "0"], "finetune: `--samples` is 0, it must be at least 1"),
+        (["--lr", "0"], "finetune: `--lr` is 0, it must be above 0 and finite"),
+        (["--lr", "-0.001"], "finetune: `--lr` is -0.001, it must be above 0 and finite"),
+        (["--epochs", "-2"], "invalid value '-2' for '--epochs <N>'"),
+        (["--layer-decay", "1.5"], "finetune: `--layer-decay` is 1.5, it must be above 0 and at most 1"),
+        (["--weight-decay", "inf"], "finetune: `--weight-decay` is inf, it must be at least 0 and finite"),
+        (["--warmup", "1"], "finetune: `--warmup` is 1, it must be at least 0 and below 1"),
+        (["--drop-path", "1"], "finetune: `--drop-path` is 1, it must be at least 0 and below 1"),
+        (["--held-out", "0"], "finetune: `--held-out` is 0, it must be above 0 and below 1"),
         (["--crop", "18"], "18 is not a multiple of the patch size 4"),
         (["--save", "nowhere/a.safetensors"], "nowhere: no such folder to write to"),
     ] {
@@ -104,6 +106,33 @@ fn what_cannot_be_fine_tuned_is_refused() {
     sets("train/cat", "val").failed(2, &["train/cat: the images have no classes", "hint: put each class"]);
     place.write_classes("more", &["cat", "dog", "yak"], 2);
     sets("train", "more").failed(2, &["more: 1 of its 3 classes are not in train: yak"]);
+}
+
+#[test]
+fn a_fine_tuned_backbone_replaces_nothing_but_an_earlier_one() {
+    let place = place();
+    let state = "run/checkpoints/step-000010/state.safetensors";
+    let mut seen = 0;
+    for (weights, save, message) in [
+        ("run/teacher.safetensors", "run/teacher.safetensors", "is read as `--weights`"),
+        ("run/teacher.safetensors", "run/../run/teacher.safetensors", "is read as `--weights`"),
+        ("run/checkpoints/step-000010", state, "is read as `--weights`"),
+        ("run/teacher.safetensors", state, "is there and is not a backbone that `eval finetune` wrote"),
+        ("run/teacher.safetensors", "train/cat/0.png", "is there and is not a backbone that `eval finetune` wrote"),
+    ] {
+        let before = place.read(save);
+        let args = ["eval", "finetune", "--weights", weights, "--train", "train", "--val", "val", "--save", save];
+        let message = format!("{save}: {message}");
+        place.run(&args).failed(2, &[&message, "hint: choose another name for `--save`"]);
+        assert!(place.read(save) == before, "{save}");
+        seen += 1;
+    }
+    assert_eq!(seen, 5);
+    let save = ["--epochs", "1", "--samples", "6", "--save", "tuned.safetensors"];
+    eval(&place, "finetune", &save).succeeded();
+    let first = place.read("tuned.safetensors");
+    eval(&place, "finetune", &[&save[..], &["--seed", "1"]].concat()).succeeded();
+    assert!(place.read("tuned.safetensors") != first, "another seed");
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod dense;
 mod distillation;
 mod embed;
 mod eval;
+mod export;
 mod finetune;
 mod plan;
 mod protocols;

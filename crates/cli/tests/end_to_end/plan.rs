@@ -71,6 +71,22 @@ fn the_whole_recipe_is_measured_where_that_is_quick_and_stages_are_planned_one_b
 }
 
 #[test]
+fn flags_are_those_of_train_and_reach_what_is_measured() {
+    let place = Workplace::new();
+    let found = plan(&place, &["--batch-size", "6", "--length", "7 steps", "--lr", "1e-4", "--seed", "3"]);
+    let run = &found["runs"][0];
+    assert_eq!((&run["forecast"]["steps"], &run["forecast"]["batch_size"]), (&7.into(), &6.into()), "{run}");
+    assert_eq!(run["trials"][0]["batch_size"], 6, "{run}");
+    // A stage's own length is that of the stage.
+    let stages = "stages=[{ name = \"one\", set = { train = { length = \"6 steps\" } } }]";
+    let args = ["plan", "--config", "tiny.toml", "--seconds", "0", "--set", stages, "--length", "9 steps"];
+    let done = place.run(&args).succeeded();
+    let note = "note: `--length` has no effect in stage `one`, which sets `train.length`\n";
+    assert_eq!(done.stderr.matches(note).count(), 1, "{}", done.stderr);
+    assert!(done.stdout.contains("length      6 steps of 4 images"), "{}", done.stdout);
+}
+
+#[test]
 fn what_cannot_be_planned_is_refused() {
     let place = Workplace::new();
     let run = |args: &[&str]| place.run(&[&["plan", "--config", "tiny.toml"], args].concat());
@@ -78,6 +94,11 @@ fn what_cannot_be_planned_is_refused() {
     run(&["--data", "nowhere"]).failed(2, &["nowhere"]);
     run(&["--set", "augmentation.global_crop_size=17"]).failed(2, &["17"]);
     run(&["--device", "abacus"]).failed(2, &["abacus"]);
+    run(&["--length", "0 steps"]).failed(2, &["\"0 steps\": there is nothing to plan for"]);
+    run(&["--lr", "-1", "--seconds", "0"]).failed(2, &["`schedule.lr.peak` is -1"]);
+    run(&["--lr", "1", "--set", "schedule.lr.peak=2"]).failed(2, &["`--lr` and `--set schedule.lr.peak=2`"]);
+    let hint = "nowhere: there is no such file or folder\n\nhint: give one with `--teacher`";
+    run(&["--teacher", "nowhere"]).failed(2, &[hint]);
     // Weights of terabytes: said before anything is measured.
     let huge = run(&["--set", "dino_head.prototypes=16777216", "--set", "dino_head.bottleneck_dim=16000"]);
     if cfg!(target_os = "linux") {

@@ -28,7 +28,9 @@ fn few_shot_scores_have_a_mean_and_a_deviation_over_draws() {
     assert_eq!(result["metrics"].as_array().map(Vec::len), Some(5));
     let more = eval(&place, "knn", &["--k", "2", "--shots", "9"]);
     more.failed(2, &["train: class `cat` has 8 images, `--shots` asks for 9", "hint: ask for at most 8"]);
-    eval(&place, "knn", &["--k", "2", "--shots", "1", "--draws", "0"]).failed(2, &["few-shot: `draws` is 0"]);
+    eval(&place, "knn", &["--k", "2", "--shots", "1", "--draws", "0"]).failed(2, &["few-shot: `--draws` is 0"]);
+    eval(&place, "knn", &["--k", "2", "--shots", "1,4,1"]).failed(2, &["few-shot: `--shots` has 1 twice"]);
+    eval(&place, "knn", &["--k", "2", "--draws", "3"]).failed(2, &["--shots <N,N,…>"]);
 }
 
 #[test]
@@ -44,9 +46,10 @@ fn logistic_regression_says_what_its_penalty_was_chosen_on() {
     assert_eq!(result["scores"]["candidates"].as_array().map(Vec::len), Some(3));
     assert!(result["scores"]["interval"]["low"].is_number());
     for (args, message) in [
-        (["--c", "1,0.1"], "logistic: `c` is [1.0, 0.1], it must be an ascending list"),
-        (["--max-iterations", "0"], "logistic: `max_iterations` is 0"),
-        (["--held-out", "1.5"], "logistic: `selection.held_out.fraction` is 1.5"),
+        (["--c", "-1"], "logistic: `--c` is [-1.0], it must be an ascending list"),
+        (["--c", "1,0.1"], "logistic: `--c` is [1.0, 0.1], it must be an ascending list"),
+        (["--max-iterations", "0"], "logistic: `--max-iterations` is 0"),
+        (["--held-out", "1.5"], "logistic: `--held-out` is 1.5"),
     ] {
         eval(&place, "logistic", &args).failed(2, &[message]);
     }
@@ -89,7 +92,8 @@ fn instances_are_folders_at_a_depth_and_masks_are_left_out() {
             ["pattern `*.tif`: none of the 48 images", "the first is `cup/0/0"],
         ),
         (&["--data", "views", "--exclude", "*"], ["pattern `*`: all 48 images", ""]),
-        (&["--data", "views", "--k", "48"], ["retrieval: `k` is [48] with 47 images to rank", ""]),
+        (&["--data", "views", "--k", "48"], ["retrieval: `--k` is [48] with 47 images to rank", ""]),
+        (&["--data", "views", "--k", "3,1,3"], ["retrieval: `--k` has 3 twice", ""]),
     ] {
         run(&place, "retrieval", args).failed(2, &parts);
     }
@@ -144,7 +148,7 @@ fn clusters_are_compared_with_classes() {
         assert!(found.lines().any(|line| line.starts_with(name)), "{found}");
     }
     run(&place, "clustering", &["--data", "train", "--clusters", "25"])
-        .failed(2, &["clustering: `clusters` is 25 for 24 samples"]);
+        .failed(2, &["clustering: `--clusters` is 25 for 24 samples"]);
     run(&place, "clustering", &["--data", "train/cat"]).failed(2, &["train/cat: the images have no classes"]);
 }
 
@@ -174,6 +178,15 @@ fn a_suite_is_one_table_and_takes_each_set_once() {
     run(&place, "suite", &["--config", "none.toml"]).failed(2, &["none.toml: "]);
     run(&place, "suite", &["--config", "suite.toml", "--output", "nowhere/suite.json"])
         .failed(2, &["nowhere: no such folder to write to"]);
+    for flag in ["--output", "--markdown"] {
+        run(&place, "suite", &["--config", "suite.toml", flag, "suite.toml"])
+            .failed(2, &["suite.toml: is there and is not ", &format!("hint: choose another name for `{flag}`")]);
+        assert_eq!(place.read("suite.toml"), suite.as_bytes());
+    }
+    // What a suite wrote may be written again.
+    place.write("suite.toml", "[[task]]\ntask = \"clustering\"\ndata = \"val\"\n");
+    run(&place, "suite", &args).succeeded();
+    assert_eq!(String::from_utf8(place.read("suite.md")).expect("UTF-8").matches("| clustering |").count(), 1);
 }
 
 const DENSE: &str = "[[task]]\ntask = \"knn\"\ntrain = \"train\"\nval = \"val\"\nk = 2\n\
@@ -336,6 +349,11 @@ fn results_are_compared_only_when_they_were_measured_alike() {
     unlike.failed(2, &["a.json and c.json were not measured alike", "knn: method.k is [2,5], and [2]", "hint: "]);
     let allowed = compare(&["a.json", "c.json", "--allow", "method.k"]).succeeded().stdout;
     assert_eq!(allowed.lines().count(), 4, "{allowed}");
+    knn("run/teacher.safetensors", "7", "e.json");
+    compare(&["c.json", "e.json", "--allow", "method.k"])
+        .failed(2, &["c.json and e.json have no metric in common: `top-1, k = 2`, and `top-1, k = 7`"]);
+    compare(&["a.json", "c.json", "--allow", "method.k,k"])
+        .failed(2, &["`--allow k`: neither protocol has a field of this name", "hint: the fields are ", "method.k, "]);
     compare(&["a.json", "none.json"]).failed(2, &["none.json: "]);
     place.write("text.json", "{\"task\": 3}");
     compare(&["a.json", "text.json"]).failed(2, &["text.json: is not a result of `dinoxide eval`"]);

@@ -149,6 +149,7 @@ fn ctrl_c_saves_a_checkpoint_and_says_how_to_go_on() {
     let stderr = String::from_utf8(output.stderr).expect("UTF-8");
     assert_eq!(output.status.code(), Some(130), "{stderr}");
     assert!(output.stdout.is_empty());
+    assert!(stderr.contains("\nstopping after this step; Ctrl-C again ends at once\n"), "{stderr}");
     assert!(
         stderr.contains("\nstopped   ") && stderr.contains("go on with `dinoxide train --resume stopped`"),
         "{stderr}"

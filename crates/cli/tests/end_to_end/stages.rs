@@ -97,6 +97,13 @@ fn stages_killed_in_each_of_them_equal_uninterrupted_ones() {
     assert_eq!(names(&place.path("straight")), names(&place.path("killed")));
     assert!(place.read("straight/teacher.safetensors") == place.read("straight/high-resolution/teacher.safetensors"));
 
+    // No stage draws what the one before it drew.
+    for (stage, seed) in NAMES.iter().zip(0..) {
+        let config = String::from_utf8(place.read(&format!("straight/{stage}/config.toml"))).expect("text");
+        let config: toml::Table = config.parse().expect("TOML");
+        assert_eq!(config["train"]["seed"].as_integer(), Some(seed), "{stage}");
+    }
+
     // What the stages asked for was done.
     let gram = place.metrics("straight/gram");
     let losses = |line: &serde_json::Value| line["losses"]["gram"].as_f64();
@@ -122,10 +129,38 @@ fn a_stage_alone_starts_from_given_weights_or_from_a_run() {
 }
 
 #[test]
+fn what_a_stage_sets_itself_is_named_where_the_command_line_sets_it_too() {
+    let place = place();
+    let given = ["--length", "30 steps", "--seed", "5", "--set", "loss.gram.max_refreshes=0"];
+    let run = |more: &[&str]| -> Vec<String> {
+        let done = place.run(&[&["train", "--config", "stages.toml"], &given[..], more].concat()).succeeded();
+        done.stderr.lines().filter(|line| line.starts_with("note: ")).map(str::to_owned).collect()
+    };
+    let length = |stage: &str| format!("note: `--length` has no effect in stage `{stage}`, which sets `train.length`");
+    let both = "note: `--length`, `--set loss.gram.max_refreshes=0` have no effect in stage `gram`, which sets \
+                `train.length`, `loss.gram.max_refreshes`";
+    assert_eq!(run(&["--run", "all"]), [length("pretrain"), both.to_owned(), length("high-resolution")]);
+    assert_eq!(run(&["--run", "alone", "--stage", "gram", "--init", "all/pretrain"]), [both]);
+}
+
+#[test]
 fn mistakes_in_stages_are_named_before_anything_is_trained() {
     let place = place();
     let stage = |set: &str| format!("extends = \"tiny.toml\"\n\n[[stages]]\nname = \"one\"\n{set}");
-    let cases: [(String, &[&str]); 8] = [
+    let gram = |set: &str| stage(&format!("[stages.set.loss.gram]\nweight = 1.0\n{set}"));
+    let cases: [(String, &[&str]); 11] = [
+        (
+            gram("teacher = \"snapshot\"\n[stages.set.augmentation]\ngram_crop_size = 18\n"),
+            &["stage `one`", "`augmentation.gram_crop_size`", "18 is not a multiple of"],
+        ),
+        (
+            gram("teacher = \"snapshot\"\nrefresh_from = \"8 steps\"\n[stages.set.train]\nlength = \"8 steps\"\n"),
+            &["stage `one`", "`loss.gram.refresh_from` is \"8 steps\", which is step 8, and the run has 8"],
+        ),
+        (
+            gram("teacher = \"a file\"\nrefresh_from = \"3 steps\"\n"),
+            &["`loss.gram.refresh_from` is \"3 steps\" and `loss.gram.refresh_every` 0", "a file"],
+        ),
         (
             stage("[stages.set.train]\nlenght = \"5 steps\"\n"),
             &["stage `one`", "unknown key `train.lenght`", "`train.length`"],
@@ -152,7 +187,7 @@ fn mistakes_in_stages_are_named_before_anything_is_trained() {
         place.run(&["train", "--config", "wrong.toml", "--run", "run"]).failed(2, parts);
         assert!(!place.path("run").exists(), "{recipe}");
     }
-    assert_eq!(cases.len(), 8);
+    assert_eq!(cases.len(), 11);
     let unknown = ["train", "--config", "stages.toml", "--stage", "grams", "--init", "x", "--run", "run"];
     place.run(&unknown).failed(2, &["there is no stage `grams`", "`gram`"]);
 }

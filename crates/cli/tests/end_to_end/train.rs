@@ -159,6 +159,18 @@ fn the_saved_config_is_the_recipe_that_was_run() {
 }
 
 #[test]
+fn inspect_says_what_a_score_was_measured_on_and_counts_blocks() {
+    let place = Workplace::new();
+    place.train("run", &["--length", "4 steps", "--set", "model.depth=11"]).succeeded();
+    let text = place.run(&["inspect", "run/teacher.safetensors"]).succeeded().stdout;
+    for part in ["  method     task knn, k 5, ", "  features   backbone ", "val_samples 24"] {
+        assert!(text.contains(part), "`{part}` is not in\n{text}");
+    }
+    let at = |block: usize| text.find(&format!("blocks.{block}.attn.qkv.weight")).expect("a block");
+    assert!(at(1) < at(2) && at(2) < at(10), "{text}");
+}
+
+#[test]
 fn another_seed_gives_another_backbone() {
     let place = Workplace::new();
     place.train("a", &[]).succeeded();

@@ -193,7 +193,7 @@ mod tests {
             ),
             (
                 "[[task]]\ntask = \"knn\"\ntrain = \"t\"\nval = \"v\"\nk = \"x\"",
-                "task 1: invalid value 'x' for '--k <K>'",
+                "task 1: invalid value 'x' for '--k <K,K,…>'",
             ),
             ("[[task]]\ntask = \"knn\"\nval = { a = 1 }", "task 1: `val` holds a table"),
             ("[[task]\n", "TOML parse error"),

@@ -10,11 +10,11 @@ use std::rc::Rc;
 use serde_json::{Value, json};
 
 use self::file::{Evaluation, parse};
-use self::summary::{Column, Failure, letter, markdown};
+use self::summary::{Column, Failure, is_table, letter, markdown};
 use super::common::{Crops, Frozen};
 use super::compare::unlike;
 use super::given::Given;
-use super::{check_writable, write};
+use super::{by_flag, check_replaceable, check_result, write};
 use crate::{Usage, is_usage, terminal};
 
 #[derive(clap::Args)]
@@ -47,8 +47,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let usage = |e: &dyn std::fmt::Display| Usage(anyhow::anyhow!("{}: {e}", args.config.display()));
     let text = std::fs::read_to_string(&args.config).map_err(|e| usage(&e))?;
     let tasks = parse(&text).map_err(|e| usage(&e))?;
-    for path in [&args.output, &args.markdown].into_iter().flatten() {
-        check_writable(path)?;
+    args.output.as_deref().map_or(Ok(()), check_result)?;
+    if let Some(path) = &args.markdown {
+        check_replaceable(path, "--markdown", "the table of a suite", is_table)?;
     }
     let backbones =
         args.weights.iter().map(|weights| Given::load(weights, &args.device)).collect::<anyhow::Result<Vec<_>>>()?;
@@ -102,7 +103,7 @@ fn measure(given: &Rc<Given>, crops: &Crops, tasks: &[Evaluation]) -> anyhow::Re
     let mut outcomes = Vec::with_capacity(tasks.len());
     for (number, task) in (1..).zip(tasks) {
         let place = format!("{number}/{}  {}", tasks.len(), task.name());
-        let outcome = task.run(&mut frozen).map_err(|error| Failure {
+        let outcome = task.run(&mut frozen).map_err(by_flag).map_err(|error| Failure {
             place: format!("task {number}, {}", task.name()),
             message: error.to_string(),
             usage: is_usage(&error),

@@ -1,12 +1,17 @@
 //! What a suite found, as one Markdown table and one JSON object.
 
 use std::fmt::Write;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::rc::Rc;
 
 use serde_json::{Value, json};
 
 use crate::eval::common::{Metric, Outcome};
 use crate::eval::given::Given;
+
+/// What the head of a table begins with.
+const HEAD: &str = "| task | metric |";
 
 /// What was measured of a backbone: an outcome for each task.
 pub(super) struct Column {
@@ -74,7 +79,7 @@ pub(super) fn markdown(tasks: &[&str], columns: &[Column], notes: &[String]) -> 
             letters
         }
     };
-    line(format!("| task | metric | {} | images |", scores.join(" | ")));
+    line(format!("{HEAD} {} | images |", scores.join(" | ")));
     line(format!("|---|---|{}---|", "---|".repeat(scores.len())));
     for (number, task) in tasks.iter().enumerate() {
         let found: Vec<Option<&Outcome>> = columns.iter().map(|column| column.outcomes[number].as_ref().ok()).collect();
@@ -108,6 +113,11 @@ pub(super) fn markdown(tasks: &[&str], columns: &[Column], notes: &[String]) -> 
     }
     remarks.into_iter().for_each(|remark| line(format!("- {remark}")));
     text
+}
+
+/// Whether a file has such a table.
+pub(super) fn is_table(file: File) -> bool {
+    BufReader::new(file).lines().map_while(Result::ok).any(|line| line.starts_with(HEAD))
 }
 
 /// A score and its interval, beside those of other backbones.
