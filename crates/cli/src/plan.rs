@@ -120,6 +120,9 @@ fn plan(
     on_cpu: bool,
     free: Option<u64>,
 ) -> anyhow::Result<Planned> {
+    // What is measured has no warm-up and no learning rate: what is wrong with those is said before.
+    let source = recipe.value.data.open().map_err(|e| usage(e.into()))?;
+    recipe.value.plan(source.len()).map_err(usage)?;
     let whole = Extent::of(&recipe.value).map_err(usage)?;
     let mut first = forecast::first(whole);
     loop {

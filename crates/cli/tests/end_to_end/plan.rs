@@ -99,6 +99,12 @@ fn what_cannot_be_planned_is_refused() {
     run(&["--lr", "1", "--set", "schedule.lr.peak=2"]).failed(2, &["`--lr` and `--set schedule.lr.peak=2`"]);
     let hint = "nowhere: there is no such file or folder\n\nhint: give one with `--teacher`";
     run(&["--teacher", "nowhere"]).failed(2, &[hint]);
+    // Said before anything is measured.
+    for wrong in [&["--lr", "-1"][..], &["--length", "1 steps"]] {
+        let refused = run(wrong);
+        refused.failed(2, &["`schedule.lr"]);
+        assert!(!refused.stderr.contains("measuring"), "{}", refused.stderr);
+    }
     // Weights of terabytes: said before anything is measured.
     let huge = run(&["--set", "dino_head.prototypes=16777216", "--set", "dino_head.bottleneck_dim=16000"]);
     if cfg!(target_os = "linux") {
