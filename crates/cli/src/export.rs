@@ -13,7 +13,7 @@ use crate::{Usage, terminal};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Weights of any kind that `inspect` shows: a run's `teacher.safetensors`, one of its checkpoints, a `.pth` file, a Hugging
+    /// Weights of any kind that `inspect` shows: a run directory, its `teacher.safetensors` or a checkpoint, a `.pth` file, a Hugging
     /// Face folder
     #[arg(long, value_name = "PATH")]
     weights: PathBuf,

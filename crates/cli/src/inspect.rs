@@ -13,7 +13,7 @@ use crate::terminal;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A weight file or folder: a run's `teacher.safetensors`, one of its checkpoints, a `.pth` file, a Hugging Face folder, a
+    /// A weight file or folder: a run directory, its `teacher.safetensors` or a checkpoint, a `.pth` file, a Hugging Face folder, a
     /// timm file
     #[arg(value_name = "PATH")]
     file: PathBuf,

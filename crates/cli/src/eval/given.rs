@@ -15,8 +15,8 @@ use crate::{device, terminal};
 /// Weights, and where to compute.
 #[derive(clap::Args)]
 pub(crate) struct Weights {
-    /// Weights: a run's `teacher.safetensors`, one of its checkpoints, a `.pth` file of the DINO repositories, a Hugging Face
-    /// folder, a timm file
+    /// Weights: a run directory, its `teacher.safetensors`, one of its checkpoints, a `.pth` file of the DINO repositories, a
+    /// Hugging Face folder, a timm file
     #[arg(long, value_name = "PATH")]
     pub(crate) weights: PathBuf,
     /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `wgpu:0`, `metal`

@@ -15,8 +15,8 @@ use crate::{Usage, device};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Weights: a run's `teacher.safetensors`, one of its checkpoints, a `.pth` file of the DINO repositories, a Hugging Face
-    /// folder, a timm file
+    /// Weights: a run directory, its `teacher.safetensors`, one of its checkpoints, a `.pth` file of the DINO repositories, a
+    /// Hugging Face folder, a timm file
     #[arg(long, value_name = "PATH")]
     weights: PathBuf,
     /// Images to look among: a folder, or `synthetic`; a frame says whether the class is the same where there are classes

@@ -22,8 +22,8 @@ pub(crate) struct Args {
     /// The evaluations, in TOML: a table `[[task]]` for each, with its name as `task` and its flags as keys
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// Weights: a run's `teacher.safetensors`, one of its checkpoints, a `.pth` file of the DINO repositories, a Hugging Face
-    /// folder, a timm file.
+    /// Weights: a run directory, its `teacher.safetensors`, one of its checkpoints, a `.pth` file of the DINO repositories, a
+    /// Hugging Face folder, a timm file.
     /// Given several times, each has a column of the table
     #[arg(long, value_name = "PATH", required = true)]
     weights: Vec<PathBuf>,
