@@ -64,7 +64,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "F.safetensors")]
     output: PathBuf,
     /// Images in a file; default: as many as make 256 MB
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N")]
     shard_images: Option<usize>,
 }
 

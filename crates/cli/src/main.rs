@@ -18,7 +18,7 @@ mod viz;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use dinoxide_data::DataError;
 use dinoxide_evaluation::EvaluationError;
 use dinoxide_exchange::ExchangeError;
@@ -87,9 +87,21 @@ fn is_usage(error: &anyhow::Error) -> bool {
         || error.downcast_ref::<OnnxError>().is_some_and(OnnxError::is_usage)
 }
 
+/// A command whose options take numbers below 0 for values, and not for flags that it lacks: what is wrong with one then says
+/// whoever knows its range.
+fn taking_negative_numbers(command: clap::Command) -> clap::Command {
+    command
+        .mut_args(|arg| {
+            let takes_values = arg.get_action().takes_values() && !arg.is_positional();
+            arg.allow_negative_numbers(takes_values)
+        })
+        .mut_subcommands(taking_negative_numbers)
+}
+
 fn main() -> ExitCode {
     allocator::keep_freed_memory();
-    let cli = Cli::parse();
+    let matches = taking_negative_numbers(Cli::command()).get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     // Parallel operations started from inside the pool need no waking of another thread and no waiting for it.
     let outcome = rayon::scope(|_| match cli.command {
         Command::Train(args) => train::run(&args),

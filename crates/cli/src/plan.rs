@@ -29,7 +29,7 @@ pub(crate) struct Args {
     flags: RunFlags,
     /// Seconds that the measurement of a run may take, roughly: with more, more of the recipe is measured and less is worked
     /// out from it
-    #[arg(long, value_name = "N", default_value_t = 60.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 60.0)]
     seconds: f64,
     /// Print the plan as one JSON object
     #[arg(long)]

@@ -61,7 +61,7 @@ pub(crate) struct StepFlags {
     /// Images per step. Out of memory: lower it, or raise `efficiency.micro_batches`. Unstable or collapsing: a larger
     /// batch makes Sinkhorn's targets better. Replaces `train.batch_size`
     // Signed, as TOML's numbers are: the recipe says what a number below 0 is instead.
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N")]
     batch_size: Option<i64>,
     /// Override any value of the recipe, as often as needed: `--set schedule.teacher_temp.peak=0.06` (targets too
     /// sharp or unstable: lower), `--set schedule.teacher_momentum.peak=0.996` (small batches: higher),
@@ -97,10 +97,10 @@ pub(crate) struct RunFlags {
     length: Option<String>,
     /// Peak learning rate before scaling by the batch size. Loss rises or is not finite: halve it. Replaces
     /// `schedule.lr.peak`
-    #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
+    #[arg(long, value_name = "RATE")]
     lr: Option<f64>,
     /// Seed of every random draw. Replaces `train.seed`
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N")]
     seed: Option<i64>,
 }
 

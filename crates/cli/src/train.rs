@@ -42,7 +42,7 @@ pub(crate) struct Args {
     stage: Option<String>,
     /// Threads that read and augment images. A high "wait" in the progress line: more. Replaces
     /// `efficiency.loader_threads`; batches do not depend on it
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N")]
     loader_threads: Option<i64>,
 }
 

@@ -15,16 +15,16 @@ pub(crate) struct Task {
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
     /// Number of clusters; default: the number of classes
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N")]
     clusters: Option<usize>,
     /// Starts of k-means, of which the one with the lowest inertia counts
-    #[arg(long, value_name = "N", default_value_t = 10, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 10)]
     restarts: usize,
     /// Most iterations of a start
-    #[arg(long, value_name = "N", default_value_t = 300, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 300)]
     max_iterations: usize,
     /// Seed of the first centers
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 }
 

@@ -33,13 +33,13 @@ pub(crate) struct Network {
 #[derive(clap::Args)]
 pub(crate) struct Crops {
     /// Side of the crop that the backbone sees, in pixels; default: the size it was trained at
-    #[arg(long, value_name = "PX", allow_negative_numbers = true)]
+    #[arg(long, value_name = "PX")]
     pub(crate) crop: Option<usize>,
     /// Length of the shorter image side before cropping, in pixels; default: the crop
-    #[arg(long, value_name = "PX", allow_negative_numbers = true)]
+    #[arg(long, value_name = "PX")]
     pub(crate) resize: Option<usize>,
     /// Images in one forward. Out of memory: lower
-    #[arg(long, value_name = "N", default_value_t = 64, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 64)]
     pub(crate) batch_size: usize,
 }
 

@@ -31,13 +31,13 @@ pub(crate) struct Task {
     #[arg(long, value_name = "EDIT,EDIT,…", value_delimiter = ',', value_parser = edit, default_value = "crop,flip,rotation,color,blur,jpeg,overlay,strong", conflicts_with = "copies")]
     edits: Vec<Edit>,
     /// Seed of the edits
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Whiten descriptors as these images say, which should be none of the others; a folder, or `synthetic`
     #[arg(long, value_name = "DIR")]
     whiten: Option<String>,
     /// Coordinates that whitening leaves; default: as many as the images allow
-    #[arg(long, value_name = "N", requires = "whiten", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", requires = "whiten")]
     whiten_dims: Option<usize>,
 }
 

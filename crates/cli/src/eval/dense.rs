@@ -20,7 +20,7 @@ const WINDOW_PX: usize = 512;
 #[derive(clap::Args)]
 pub(crate) struct Seen {
     /// Length of the shorter image side, in pixels, before both are rounded to whole patches; default: images keep theirs
-    #[arg(long, value_name = "PX", allow_negative_numbers = true)]
+    #[arg(long, value_name = "PX")]
     resize: Option<usize>,
 }
 
@@ -28,7 +28,7 @@ pub(crate) struct Seen {
 #[derive(clap::Args)]
 pub(crate) struct Layers {
     /// Tokens of this many last blocks side by side; of a ConvNeXt, stages
-    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 1)]
     layers: usize,
 }
 
@@ -40,7 +40,7 @@ pub(crate) struct DenseCommon {
     #[command(flatten)]
     layers: Layers,
     /// Images with a longer side are seen in windows of this side, in pixels; default: 512, in whole patches
-    #[arg(long, value_name = "PX", allow_negative_numbers = true)]
+    #[arg(long, value_name = "PX")]
     window: Option<usize>,
 }
 
@@ -198,16 +198,16 @@ impl HeadArg {
 #[derive(clap::Args)]
 pub(crate) struct HeadArgs {
     /// AdamW iterations
-    #[arg(long, value_name = "N", default_value_t = 1000, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 1000)]
     pub(crate) iterations: usize,
     /// Images, or windows of large ones, in an iteration
-    #[arg(long, value_name = "N", default_value_t = 16, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 16)]
     pub(crate) samples: usize,
     /// Highest learning rate
-    #[arg(long, value_name = "RATE", default_value_t = 1e-3, allow_negative_numbers = true)]
+    #[arg(long, value_name = "RATE", default_value_t = 1e-3)]
     pub(crate) learning_rate: f64,
     /// Seed of initial weights, order of images and dropout
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
 }
 

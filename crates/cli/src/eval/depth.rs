@@ -35,22 +35,22 @@ pub(crate) struct Task {
     #[command(flatten)]
     head: HeadArgs,
     /// Metres for a value of 1 in a depth map; 0 is read as missing
-    #[arg(long, value_name = "METRES", default_value_t = 0.001, allow_negative_numbers = true)]
+    #[arg(long, value_name = "METRES", default_value_t = 0.001)]
     depth_scale: f32,
     /// Depths up to this one are not known, in metres
-    #[arg(long, value_name = "METRES", default_value_t = 0.001, allow_negative_numbers = true)]
+    #[arg(long, value_name = "METRES", default_value_t = 0.001)]
     min_depth: f32,
     /// Depths from this one on are neither trained on nor scored, in metres; 10 for rooms, 80 for streets
-    #[arg(long, value_name = "METRES", default_value_t = 10.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "METRES", default_value_t = 10.0)]
     max_depth: f32,
     /// What the head gives for a place
     #[arg(long, value_enum, default_value = "bins")]
     head_output: HeadOutput,
     /// Instead of `--val`: score the last images of `--train`, in the order of their names, and train on this share
-    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE")]
     split_by_time: Option<f64>,
     /// Images between the two parts of `--split-by-time` that are in neither
-    #[arg(long, value_name = "N", default_value_t = 0, requires = "split_by_time", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "split_by_time")]
     gap: usize,
 }
 

@@ -22,37 +22,37 @@ pub(crate) struct Task {
     #[command(flatten)]
     sets: Sets,
     /// Passes over the train images
-    #[arg(long, value_name = "N", default_value_t = 20, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 20)]
     epochs: usize,
     /// Images per iteration
-    #[arg(long, value_name = "N", default_value_t = 128, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 128)]
     samples: usize,
     /// Highest learning rate, stated for 256 images per iteration. Unstable: lower
-    #[arg(long, value_name = "RATE", default_value_t = 1e-3, allow_negative_numbers = true)]
+    #[arg(long, value_name = "RATE", default_value_t = 1e-3)]
     lr: f64,
     /// Factor of the learning rate per block, from the last down to the patch embedding; default: 0.75, for a ConvNeXt 1
-    #[arg(long, value_name = "FACTOR", allow_negative_numbers = true)]
+    #[arg(long, value_name = "FACTOR")]
     layer_decay: Option<f64>,
     /// Weight decay
-    #[arg(long, value_name = "DECAY", default_value_t = 0.05, allow_negative_numbers = true)]
+    #[arg(long, value_name = "DECAY", default_value_t = 0.05)]
     weight_decay: f64,
     /// Share of the iterations in which the learning rate rises
-    #[arg(long, value_name = "SHARE", default_value_t = 0.1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
     warmup: f64,
     /// Share of each target that is spread over all classes
-    #[arg(long, value_name = "SHARE", default_value_t = 0.1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
     label_smoothing: f64,
     /// Rate of stochastic depth; default: that of the weights' recipe
-    #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
+    #[arg(long, value_name = "RATE")]
     drop_path: Option<f64>,
     /// Let the classifier see the mean patch token beside CLS
     #[arg(long)]
     patches: bool,
     /// Share of train that the epoch is chosen on
-    #[arg(long, value_name = "SHARE", default_value_t = 0.1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
     held_out: f64,
     /// Seed of the classifier's weights, order and crops of images, stochastic depth and held-out images
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Write the backbone of the chosen epoch here, without the classifier
     #[arg(long, value_name = "FILE")]

@@ -23,10 +23,10 @@ pub(crate) struct Task {
     #[command(flatten)]
     head: HeadArgs,
     /// Instead of `--val`: score this share of the folders of `--train`; images of one folder stay together
-    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE")]
     split_by_folder: Option<f64>,
     /// Id of pixels that are neither trained on nor scored; 0 is ground, every other id is figure
-    #[arg(long, value_name = "ID", default_value_t = 65_535, allow_negative_numbers = true)]
+    #[arg(long, value_name = "ID", default_value_t = 65_535)]
     void: u32,
 }
 

@@ -14,25 +14,19 @@ pub(crate) struct Task {
     #[command(flatten)]
     tokens: Tokens,
     /// Numbers of neighbours, all scored in one pass
-    #[arg(
-        long,
-        value_name = "K,K,…",
-        value_delimiter = ',',
-        default_value = "10,20,100,200",
-        allow_negative_numbers = true
-    )]
+    #[arg(long, value_name = "K,K,…", value_delimiter = ',', default_value = "10,20,100,200")]
     k: Vec<usize>,
     /// Temperature of the neighbours' weights
-    #[arg(long, value_name = "T", default_value_t = 0.07, allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", default_value_t = 0.07)]
     temperature: f64,
     /// Also score with this many train images of each class, drawn several times; with those `k` that are at most N, and N
-    #[arg(long, value_name = "N,N,…", value_delimiter = ',', allow_negative_numbers = true)]
+    #[arg(long, value_name = "N,N,…", value_delimiter = ',')]
     shots: Vec<usize>,
     /// Draws of `--shots`
-    #[arg(long, value_name = "N", default_value_t = 5, requires = "shots", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 5, requires = "shots")]
     draws: usize,
     /// Seed of these draws
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 }
 

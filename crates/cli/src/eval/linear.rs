@@ -29,23 +29,23 @@ pub(crate) struct Task {
     #[arg(long, value_name = "GRID", default_value = "dinov2")]
     grid: Grid,
     /// Learning rates to try, stated for 256 samples per iteration; default: the references' 13 from 1e-5 to 0.1
-    #[arg(long, value_name = "RATE,RATE,…", value_delimiter = ',', allow_negative_numbers = true)]
+    #[arg(long, value_name = "RATE,RATE,…", value_delimiter = ',')]
     lr: Vec<f64>,
     /// Train on new random crops and flips in every iteration, as the references do: the backbone is run on each of them,
     /// once for all classifiers
     #[arg(long)]
     augment: bool,
     /// SGD iterations; default: 2,000, with `--augment` the references' 12,500
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N")]
     iterations: Option<usize>,
     /// Samples per iteration
-    #[arg(long, value_name = "N", default_value_t = 1024, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 1024)]
     samples: usize,
     /// Choose the classifier on the val images, as the references do; the score is then of images that the choice has seen
     #[arg(long)]
     select_on_val: bool,
     /// Seed of initial weights, order of samples and held-out samples
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 }
 

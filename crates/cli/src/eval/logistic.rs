@@ -12,22 +12,22 @@ pub(crate) struct Task {
     #[command(flatten)]
     tokens: Tokens,
     /// Weights of the data against the penalty, ascending; default: the references' 45 from 1e-6 to 1e5
-    #[arg(long, value_name = "C,C,…", value_delimiter = ',', allow_negative_numbers = true)]
+    #[arg(long, value_name = "C,C,…", value_delimiter = ',')]
     c: Vec<f64>,
     /// Most iterations of L-BFGS for each C
-    #[arg(long, value_name = "N", default_value_t = 1000, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 1000)]
     max_iterations: usize,
     /// Leave out larger C when N of them in a row have brought no gain; 0: try all, as the references do
-    #[arg(long, value_name = "N", default_value_t = 10, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 10)]
     patience: usize,
     /// Share of train that C is chosen on
-    #[arg(long, value_name = "SHARE", default_value_t = 0.1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
     held_out: f64,
     /// Choose C on the val images, as the references can; the score is then of images that the choice has seen
     #[arg(long)]
     select_on_val: bool,
     /// Seed of the held-out samples
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 }
 

@@ -25,10 +25,10 @@ pub(crate) struct Task {
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
     /// Images are relevant to each other if their first N folders are the same: 2 for `<class>/<object>/<view>.jpg`
-    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 1)]
     instance_depth: usize,
     /// Ranks at which recall is taken
-    #[arg(long, value_name = "K,K,…", value_delimiter = ',', default_value = "1,5,10", allow_negative_numbers = true)]
+    #[arg(long, value_name = "K,K,…", value_delimiter = ',', default_value = "1,5,10")]
     k: Vec<usize>,
     /// Queries and what is relevant to them from this file, as revisited Oxford and Paris give it, in JSON
     #[arg(long, value_name = "FILE", conflicts_with_all = ["queries", "instance_depth", "k"])]

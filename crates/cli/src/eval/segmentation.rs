@@ -28,10 +28,10 @@ pub(crate) struct Task {
     #[command(flatten)]
     head: HeadArgs,
     /// Id of pixels that are neither trained on nor scored
-    #[arg(long, value_name = "ID", default_value_t = 255, allow_negative_numbers = true)]
+    #[arg(long, value_name = "ID", default_value_t = 255)]
     void: u32,
     /// Number of classes, whose ids are 0 and up; default: what the train masks have
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N")]
     classes: Option<usize>,
     /// Id 0 is no class and classes begin at 1, as in ADE20K
     #[arg(long)]

@@ -31,22 +31,20 @@ pub(crate) struct Task {
     #[arg(
         long,
         value_name = "N",
-        default_value_t = PropagationConfig::default().context,
-        allow_negative_numbers = true
+        default_value_t = PropagationConfig::default().context
     )]
     context: usize,
     /// Patches by which a place may move from one of these frames, along each axis
-    #[arg(long, value_name = "N", default_value_t = PropagationConfig::default().radius, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = PropagationConfig::default().radius)]
     radius: usize,
     /// Tokens that give their labels
-    #[arg(long, value_name = "K", default_value_t = PropagationConfig::default().top_k, allow_negative_numbers = true)]
+    #[arg(long, value_name = "K", default_value_t = PropagationConfig::default().top_k)]
     top_k: usize,
     /// Temperature of their weights
     #[arg(
         long,
         value_name = "T",
-        default_value_t = PropagationConfig::default().temperature,
-        allow_negative_numbers = true
+        default_value_t = PropagationConfig::default().temperature
     )]
     temperature: f32,
 }

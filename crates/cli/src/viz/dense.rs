@@ -21,8 +21,7 @@ pub(crate) struct Args<T: clap::Args> {
         long,
         value_name = "N",
         default_value_t = 4,
-        value_parser = clap::value_parser!(u64).range(1..=100),
-        allow_negative_numbers = true
+        value_parser = clap::value_parser!(u64).range(1..=100)
     )]
     count: u64,
     #[command(flatten)]

@@ -47,8 +47,7 @@ struct Output {
         long,
         value_name = "PX",
         default_value_t = 176,
-        value_parser = clap::value_parser!(u32).range(16..=2048),
-        allow_negative_numbers = true
+        value_parser = clap::value_parser!(u32).range(16..=2048)
     )]
     tile: u32,
 }
@@ -76,8 +75,7 @@ struct Images {
         long,
         value_name = "N",
         default_value_t = 6,
-        value_parser = clap::value_parser!(u64).range(1..=100),
-        allow_negative_numbers = true
+        value_parser = clap::value_parser!(u64).range(1..=100)
     )]
     count: u64,
 }

@@ -27,8 +27,7 @@ pub(crate) struct Args {
         long,
         value_name = "N",
         default_value_t = 6,
-        value_parser = clap::value_parser!(u64).range(1..=100),
-        allow_negative_numbers = true
+        value_parser = clap::value_parser!(u64).range(1..=100)
     )]
     count: u64,
     /// Neighbours of each
@@ -36,20 +35,18 @@ pub(crate) struct Args {
         long,
         value_name = "K",
         default_value_t = 7,
-        value_parser = clap::value_parser!(u64).range(1..=50),
-        allow_negative_numbers = true
+        value_parser = clap::value_parser!(u64).range(1..=50)
     )]
     k: u64,
     /// Side of the crop that the backbone sees, in pixels; default: the size it was trained at
-    #[arg(long, value_name = "PX", allow_negative_numbers = true)]
+    #[arg(long, value_name = "PX")]
     crop: Option<usize>,
     /// Images in one forward. Out of memory: lower
     #[arg(
         long,
         value_name = "N",
         default_value_t = 64,
-        value_parser = clap::value_parser!(u64).range(1..),
-        allow_negative_numbers = true
+        value_parser = clap::value_parser!(u64).range(1..)
     )]
     batch_size: u64,
     /// Where to compute: `cpu`, `cuda:0`, `vulkan:0`, `wgpu:0`, `metal`

@@ -31,19 +31,19 @@ pub(crate) struct Task {
     #[arg(long, value_name = "DIR", conflicts_with = "keypoints")]
     masks: Option<PathBuf>,
     /// Images are paired if their first N folders are the same: 1 for `<class>/…`, 2 for `<class>/<object>/…`; 0: all are
-    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 1)]
     instance_depth: usize,
     /// Pair only images whose next folder differs: other objects of a class
     #[arg(long)]
     across: bool,
     /// Images of each group that something is carried from, drawn at random; every other one is a target of each
-    #[arg(long, value_name = "N", default_value_t = PairConfig::default().sources, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = PairConfig::default().sources)]
     sources: usize,
     /// Seed of the draw
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Id of mask pixels that are not scored; 0 is ground, every other id is figure
-    #[arg(long, value_name = "ID", default_value_t = 65_535, allow_negative_numbers = true)]
+    #[arg(long, value_name = "ID", default_value_t = 65_535)]
     void: u32,
     /// Carry keypoints instead of silhouettes: lines `IMAGE,NAME,X,Y` in pixels, images by their paths below `--data`
     #[arg(long, value_name = "FILE")]
@@ -55,10 +55,10 @@ pub(crate) struct Task {
     #[arg(long, value_name = "FILE", requires = "keypoints")]
     pairs: Option<PathBuf>,
     /// Patches around the most similar one that say where a point is in between; 0: the middle of that patch
-    #[arg(long, value_name = "N", default_value_t = PointConfig::default().window, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = PointConfig::default().window)]
     point_window: usize,
     /// Temperature of their weights
-    #[arg(long, value_name = "T", default_value_t = PointConfig::default().temperature, allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", default_value_t = PointConfig::default().temperature)]
     temperature: f32,
 }
 
