@@ -28,7 +28,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
-    /// Single precision.
+    /// Single precision. On a CPU with matrix units (AMX) large products are sums of six of bfloat16, whose operands are cut into
+    /// three parts without a rest: at least as exact as fused multiply-adds, but for infinite operands, which give no number, and
+    /// for numbers below 1.2e-38, which count as zero.
     #[default]
     Fp32,
     /// Operands and results rounded to bfloat16.

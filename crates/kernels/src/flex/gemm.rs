@@ -1,7 +1,8 @@
 //! Matrix products on slices: the one place that calls the `gemm` crate.
 //!
-//! A product of bfloat16 runs on the processor's matrix unit where it has one ([`amx`]); elsewhere its operands are rounded in
-//! copies and multiplied as numbers of single precision, and its result is rounded.
+//! Products run on the processor's matrix unit where it has one and they are large enough ([`amx`]). Elsewhere they are the
+//! `gemm` crate's; in bfloat16 operands are rounded in copies and multiplied as numbers of single precision, and the result is
+//! rounded.
 //!
 //! A product that uses several threads is cut into tiles of the result, each a product of one thread: a tenth faster than
 //! the crate's own threads on two cores, and which threads there are does not change the tiles, nor the bits.
@@ -35,9 +36,6 @@ const AVX2: Tiling = Tiling { largest: 288, rows: 48, cols: 48 };
 
 /// For kernels of 6 × 64 elements, and second-level caches of 1 MB and more.
 const AVX512: Tiling = Tiling { largest: 768, rows: 48, cols: 64 };
-
-/// For the matrix unit, and processors that have one.
-const AMX: Tiling = Tiling { largest: 1024, rows: 32, cols: 32 };
 
 /// Tiles that a product is cut into at least, so that no thread waits long for another, as far as their units allow.
 const LEAST_TILES: usize = 8;
@@ -184,35 +182,27 @@ enum Unit {
     Vectors,
     /// The same, on operands that were rounded to bfloat16; the result is rounded too.
     Rounding,
-    /// The matrix unit, which rounds to bfloat16.
+    /// The matrix unit.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    Amx,
+    Amx(Precision),
 }
 
 impl Unit {
+    /// Of the product of two matrices.
     fn of(precision: Precision, a: Matrix, b: Matrix) -> Self {
-        match precision {
-            Precision::Fp32 => Self::Vectors,
-            Precision::Bf16 => Self::for_bf16([a.rows, a.cols, b.cols]),
-        }
+        Self::for_size(precision, [a.rows, a.cols, b.cols])
     }
 
     /// Of a product of `rows × inner` and `inner × cols`.
-    fn for_bf16([rows, inner, cols]: [usize; 3]) -> Self {
+    fn for_size(precision: Precision, [rows, inner, cols]: [usize; 3]) -> Self {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if rows.min(inner).min(cols) >= amx::LEAST && amx::available() {
-            return Self::Amx;
+        if amx::pays(precision, [rows, inner, cols]) && amx::available() {
+            return Self::Amx(precision);
         }
         let _ = (rows, inner, cols);
-        Self::Rounding
-    }
-
-    fn tiling(self) -> Tiling {
-        match self {
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Self::Amx => AMX,
-            Self::Vectors | Self::Rounding if simd::has_avx512() => AVX512,
-            Self::Vectors | Self::Rounding => AVX2,
+        match precision {
+            Precision::Fp32 => Self::Vectors,
+            Precision::Bf16 => Self::Rounding,
         }
     }
 }
@@ -235,16 +225,18 @@ unsafe fn call(
         None => [a, b],
     };
     let out = Shared(out);
+    let parallel = matches!(threads, Threads::Pool) && a.rows * b.cols * a.cols >= LEAST_SHARED_WORK;
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if let Unit::Amx(precision) = unit {
+        // SAFETY: the caller's promises.
+        return unsafe { amx::multiply(out, row_stride, destination, [a, b], precision, parallel) };
+    }
     let tile = |(rows, cols): (Range<usize>, Range<usize>)| {
         let (a, b) = (a.rows_of(&rows), b.t().rows_of(&cols).t());
         // SAFETY: tiles lie within the result and do not overlap.
         let out = unsafe { out.at(rows.start * row_stride + cols.start) };
         // SAFETY: the caller's promise for `out`, and the checked extents of `a` and `b`.
         unsafe {
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            if unit == Unit::Amx {
-                return amx::multiply(out, row_stride, destination, a, b);
-            }
             gemm::gemm(
                 a.rows,
                 b.cols,
@@ -273,11 +265,9 @@ unsafe fn call(
             }
         }
     };
-    match threads {
-        Threads::Pool if a.rows * b.cols * a.cols >= LEAST_SHARED_WORK => {
-            tiles(a.rows, b.cols, unit.tiling()).into_par_iter().for_each(tile);
-        }
-        _ => tile((0..a.rows, 0..b.cols)),
+    match parallel {
+        true => tiles(a.rows, b.cols, if simd::has_avx512() { AVX512 } else { AVX2 }).into_par_iter().for_each(tile),
+        false => tile((0..a.rows, 0..b.cols)),
     }
 }
 
@@ -313,18 +303,21 @@ fn tiles(rows: usize, cols: usize, tiling: Tiling) -> Vec<(Range<usize>, Range<u
             _ => across += 1,
         }
     }
-    let cut = |len: usize, parts: usize, unit: usize| {
-        let step = len.div_ceil(parts).next_multiple_of(unit);
-        (0..len).step_by(step).map(move |start| start..(start + step).min(len))
-    };
     let row_of_tiles = |rows: Range<usize>| cut(cols, across, tiling.cols).map(move |cols| (rows.clone(), cols));
     cut(rows, down, tiling.rows).flat_map(row_of_tiles).collect()
+}
+
+/// `len` rows or columns in about as many parts, each but the last a multiple of `unit`.
+fn cut(len: usize, parts: usize, unit: usize) -> impl Iterator<Item = Range<usize>> {
+    let step = len.div_ceil(parts).next_multiple_of(unit);
+    (0..len).step_by(step).map(move |start| start..(start + step).min(len))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Precision::Fp32;
+    use crate::Precision::{Bf16, Fp32};
+    use crate::testing::numbers;
 
     fn counted(len: usize) -> Vec<f32> {
         (0..len).map(|i| ((i * 7) % 11) as f32 - 5.0).collect()
@@ -398,11 +391,11 @@ mod tests {
         assert_eq!(cases, 18);
     }
 
-    /// What computes products of bfloat16 here.
-    fn units_for_bf16() -> Vec<Unit> {
-        let mut units = vec![Unit::Rounding];
-        let best = Unit::for_bf16([64; 3]);
-        units.extend((best != Unit::Rounding).then_some(best));
+    /// What computes products here.
+    fn units(precision: Precision) -> Vec<Unit> {
+        let mut units = vec![if precision == Fp32 { Unit::Vectors } else { Unit::Rounding }];
+        let best = Unit::for_size(precision, [256; 3]);
+        units.extend((best != units[0]).then_some(best));
         units
     }
 
@@ -432,7 +425,7 @@ mod tests {
                     simd::round_to_bf16(&mut value);
                     f64::from(value[0])
                 };
-                for unit in units_for_bf16() {
+                for unit in units(Bf16) {
                     let stride = n + 3;
                     let (mut over, mut onto) = (vec![1.0; m * stride], vec![1.0; m * stride]);
                     multiply_on(unit, &mut over, stride, Destination::Overwrite, [a, b]);
@@ -456,36 +449,86 @@ mod tests {
                 }
             }
         }
-        assert_eq!(cases, 7 * 4 * units_for_bf16().len());
+        assert_eq!(cases, 7 * 4 * units(Bf16).len());
     }
 
     #[test]
-    fn in_bfloat16_what_is_no_number_stays_none() {
-        for unit in units_for_bf16() {
-            let (mut a, b) = (vec![1.0; 20 * 40], vec![1.0; 40 * 24]);
-            (a[3 * 40 + 7], a[5 * 40]) = (f32::NAN, f32::INFINITY);
-            let mut out = vec![0.0; 20 * 24];
-            let factors = [Matrix::new(&a, 20, 40), Matrix::new(&b, 40, 24)];
-            multiply_on(unit, &mut out, 24, Destination::Overwrite, factors);
-            for (i, row) in out.chunks(24).enumerate() {
-                let expected: fn(f32) -> bool = match i {
-                    3 => f32::is_nan,
-                    5 => |v| v == f32::INFINITY,
-                    _ => |v| v == 40.0,
+    fn in_single_precision_every_unit_is_as_exact_as_fused_multiply_adds() {
+        let mut cases = 0;
+        // Strips are whole in the second alone. The inner dimension of the last three is cut into pieces, that of the last one
+        // and the columns of the one before into panels.
+        for (m, k, n) in
+            [(1, 1, 1), (64, 96, 32), (37, 70, 45), (33, 17, 100), (40, 2500, 21), (70, 300, 8300), (65, 6100, 190)]
+        {
+            for (transposed_a, transposed_b) in [(false, false), (true, false), (false, true), (true, true)] {
+                let (a_data, b_data) = (numbers(m * k, 3), numbers(k * n, 4));
+                let a = if transposed_a { Matrix::new(&a_data, k, m).t() } else { Matrix::new(&a_data, m, k) };
+                let b = if transposed_b { Matrix::new(&b_data, n, k).t() } else { Matrix::new(&b_data, k, n) };
+                let at = |x: &Matrix, i: usize, j: usize| f64::from(x.data[i * x.row_stride + j * x.col_stride]);
+                // All of the result, or every so many elements of it.
+                let seen: Vec<(usize, usize)> =
+                    (0..m * n).step_by(1 + m * n * k / 3_000_000).map(|e| (e / n, e % n)).collect();
+                let exact: Vec<f64> =
+                    seen.iter().map(|&(i, j)| (0..k).map(|l| at(&a, i, l) * at(&b, l, j)).sum()).collect();
+                let error = |unit: Unit, destination: Destination| {
+                    let stride = n + 3;
+                    let before = if destination == Destination::Accumulate { 1.0 } else { 0.0 };
+                    let mut out = vec![1.0; m * stride];
+                    multiply_on(unit, &mut out, stride, destination, [a, b]);
+                    for row in out.chunks(stride) {
+                        assert_eq!(row[n..], [1.0; 3], "{unit:?} {m}x{k}x{n}: what lies beside");
+                    }
+                    let squares = seen
+                        .iter()
+                        .zip(&exact)
+                        .map(|(&(i, j), exact)| (f64::from(out[i * stride + j]) - before - exact).powi(2));
+                    (squares.sum::<f64>() / exact.iter().map(|v| v * v).sum::<f64>()).sqrt()
                 };
-                assert!(row.iter().all(|v| expected(*v)), "{unit:?}, row {i}: {row:?}");
+                for destination in [Destination::Overwrite, Destination::Accumulate] {
+                    // A few units in the last place, after as many additions.
+                    let most = error(Unit::Vectors, destination).max(2e-7);
+                    for unit in units(Fp32) {
+                        let error = error(unit, destination);
+                        assert!(error <= most, "{unit:?} {m}x{k}x{n} {destination:?}: {error:.1e}, not {most:.1e}");
+                        cases += 1;
+                    }
+                }
+            }
+        }
+        assert_eq!(cases, 7 * 4 * 2 * units(Fp32).len());
+    }
+
+    #[test]
+    fn what_is_no_number_stays_none() {
+        for precision in [Fp32, Bf16] {
+            for unit in units(precision) {
+                let (mut a, b) = (vec![1.0; 20 * 40], vec![1.0; 40 * 24]);
+                (a[3 * 40 + 7], a[5 * 40]) = (f32::NAN, f32::INFINITY);
+                let mut out = vec![0.0; 20 * 24];
+                let factors = [Matrix::new(&a, 20, 40), Matrix::new(&b, 40, 24)];
+                multiply_on(unit, &mut out, 24, Destination::Overwrite, factors);
+                // Of what is infinite, parts are no numbers.
+                let in_parts = unit != units(Fp32)[0] && precision == Fp32;
+                for (i, row) in out.chunks(24).enumerate() {
+                    let expected: fn(f32) -> bool = match i {
+                        3 => f32::is_nan,
+                        5 if in_parts => f32::is_nan,
+                        5 => |v| v == f32::INFINITY,
+                        _ => |v| v == 40.0,
+                    };
+                    assert!(row.iter().all(|v| expected(*v)), "{unit:?}, row {i}: {row:?}");
+                }
             }
         }
     }
 
     #[test]
-    fn in_bfloat16_threads_do_not_change_the_bits() {
-        let numbers = |len: usize| (0..len).map(|i| ((i * 37) % 101) as f32 * 0.37 - 18.0).collect::<Vec<_>>();
+    fn whatever_the_unit_threads_do_not_change_the_bits() {
         let mut cases = 0;
-        for (m, k, n) in [(289, 1100, 47), (1576, 24, 577), (96, 520, 96)] {
-            let (a_data, b_data) = (numbers(m * k), numbers(k * n));
+        for (m, k, n) in [(289, 1100, 47), (1576, 24, 577), (96, 520, 96), (65, 6100, 190)] {
+            let (a_data, b_data) = (numbers(m * k, 5), numbers(k * n, 6));
             let factors = [Matrix::new(&a_data, m, k), Matrix::new(&b_data, n, k).t()];
-            for unit in units_for_bf16() {
+            for unit in [Fp32, Bf16].into_iter().flat_map(units) {
                 let with = |threads| {
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
                     let mut out = vec![1.0; m * n];
@@ -496,16 +539,29 @@ mod tests {
                 cases += 1;
             }
         }
-        assert_eq!(cases, 3 * units_for_bf16().len());
+        assert_eq!(cases, 4 * (units(Fp32).len() + units(Bf16).len()));
+    }
+
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    #[test]
+    fn tiles_of_the_matrix_unit_cover_the_result_once() {
+        for (rows, cols) in [(2760, 1152), (384, 1536), (100, 16384), (1, 1), (17, 5000), (33, 40), (5000, 3)] {
+            let tiles = amx::tiles(rows, cols);
+            let covered: usize = tiles.iter().map(|(r, c)| r.len() * c.len()).sum();
+            assert_eq!(covered, rows * cols, "{rows}x{cols}");
+            assert!(tiles.iter().all(|(r, c)| r.start % 32 == 0 && c.start % 16 == 0 && c.len() <= 1024));
+            let starts: std::collections::HashSet<_> = tiles.iter().map(|(r, c)| (r.start, c.start)).collect();
+            assert_eq!(starts.len(), tiles.len(), "{rows}x{cols}");
+            let possible = rows.div_ceil(32) * cols.div_ceil(128);
+            assert!(tiles.len() >= possible.min(6), "{} tiles of {rows}x{cols}", tiles.len());
+        }
     }
 
     #[test]
     fn tiles_are_many_and_no_larger_than_they_may() {
         let sizes =
             [(8320, 192), (192, 192), (235, 16384), (1, 1), (1, 5000), (49, 97), (768, 8320), (50, 60), (40, 400)];
-        for (tiling, (rows, cols)) in
-            [AVX2, AVX512, AMX].into_iter().flat_map(|tiling| sizes.map(|size| (tiling, size)))
-        {
+        for (tiling, (rows, cols)) in [AVX2, AVX512].into_iter().flat_map(|tiling| sizes.map(|size| (tiling, size))) {
             let tiles = tiles(rows, cols, tiling);
             let covered: usize = tiles.iter().map(|(r, c)| r.len() * c.len()).sum();
             assert_eq!(covered, rows * cols, "{rows}x{cols} {tiling:?}");

@@ -1,39 +1,60 @@
-//! Products of bfloat16 on the matrix unit of x86 servers (AMX: Intel's Xeon from 2023 on): sixteen times as many at a time as
-//! vectors multiply of single precision.
+//! Products on the matrix unit of x86 servers (AMX: Intel's Xeon from 2023 on), which multiplies numbers of bfloat16: sixteen
+//! times as many at a time as vectors do of single precision.
 //!
-//! Operands are packed into the unit's layout, and rounded on the way: of 32 rows or columns, a strip, 32 steps along the inner
-//! dimension at a time. Sums are formed in single precision. What is below the smallest normal number, 1.2e-38, counts as zero.
+//! In bfloat16, operands are rounded. In single precision each number becomes three of bfloat16 whose sum it is, and six of the
+//! nine products of parts are added up: the other three are below 2⁻²⁵ of the whole. Either way sums are formed in single
+//! precision, and what is below the smallest normal number, 1.2e-38, counts as zero. In single precision an infinite operand has
+//! parts that are no numbers, and so has the result.
+//!
+//! Operands are packed into the unit's layout strip by strip ([`packing`]). Five of its eight registers are used: the others are
+//! left to the processor, which needs some for what is under way, and shares all of them between the threads of a core. Where
+//! another thread holds eight, as another guest of a server may, using eight here halves the speed.
 //!
 //! The compiler's own functions for the unit are not stable, so it is driven by a few lines of assembly.
 
 #![allow(unsafe_code, reason = "instructions that only some processors have, on buffers that are checked here")]
 
+mod packing;
+
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::sync::OnceLock;
+use std::thread::LocalKey;
 
-use super::{Destination, Matrix};
+use rayon::prelude::*;
 
-/// Rows of the left operand, or columns of the right one, that are packed and multiplied together: two registers of 16.
-const STRIP: usize = 32;
+use self::packing::{Block, DEPTH, Side, Source};
+use super::{Destination, Matrix, Shared, cut};
+use crate::Precision;
 
-/// Steps along the inner dimension of one instruction.
-const DEPTH: usize = 32;
+/// Rows of the left operand that are multiplied at a time: two registers of 16.
+const LEFT: usize = 32;
 
-/// Steps along the inner dimension that are packed at a time: two strips of them lie in the second-level cache.
-const PACKED_DEPTH: usize = 1024;
+/// Columns of the right operand that are multiplied at a time.
+const RIGHT: usize = 16;
 
-/// Columns of the right operand that are packed at a time.
-const PACKED_COLUMNS: usize = 1024;
+/// Numbers of the right operand that are packed at a time, for all threads.
+const PANEL: usize = 1 << 20;
 
-/// Strips of the left operand that are packed at a time. Each meets all of the right one, so that the result is written row by
-/// row.
-const PACKED_STRIPS: usize = 16;
+/// Columns of them.
+const PANEL_COLUMNS: usize = 1 << 13;
 
-/// Rows, inner and columns from which on the unit is faster than vectors: below, most of a strip would be padding.
-pub(super) const LEAST: usize = 16;
+/// Steps along the inner dimension that a strip has at most: a right one lies in the first-level cache, and a left one and the
+/// right ones that a tile meets in the second-level cache.
+const fn most_steps<const PARTS: usize>() -> usize {
+    if PARTS == 1 { 384 } else { 256 }
+}
+
+/// Whether the unit is faster than vectors, where it is there: for small products it is not, whose operands are packed for few
+/// multiplications.
+pub(super) fn pays(precision: Precision, [rows, inner, cols]: [usize; 3]) -> bool {
+    match precision {
+        Precision::Bf16 => rows.min(inner).min(cols) >= 16,
+        Precision::Fp32 => inner >= 32 && rows * cols >= 64 * (rows + cols),
+    }
+}
 
 /// Whether this processor has the unit, with the vector instructions that feed it, and the system lets this process use it.
 pub(super) fn available() -> bool {
@@ -58,93 +79,224 @@ fn permitted() -> bool {
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
 }
 
-/// What a register holds of an operand. Of the left one: 16 rows of 32 numbers. Of the right one: 16 rows that hold, for each
-/// of 16 columns, two numbers that follow one another in it.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Register([u16; 16 * DEPTH]);
-
-/// Both halves of a strip, [`DEPTH`] steps of it.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Block([Register; 2]);
-
-impl Block {
-    const ZERO: Self = Self([Register([0; 16 * DEPTH]); 2]);
-}
-
-/// A strip's share of the result.
-#[repr(C, align(64))]
-struct Sums([f32; STRIP * STRIP]);
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Side {
-    Left,
-    Right,
-}
-
 /// Packed operands, kept from one product to the next.
 #[derive(Default)]
-struct Packed {
-    left: Vec<Block>,
-    right: Vec<Block>,
+struct Buffers<const PARTS: usize> {
+    /// Two strips: while one is multiplied, the next is packed.
+    left: RefCell<[Vec<Block<2, PARTS>>; 2]>,
+    /// Taken by a product of this thread, which may begin another one while it waits for other threads.
+    right: Cell<Vec<Block<1, PARTS>>>,
 }
 
 thread_local! {
-    static PACKED: RefCell<Packed> = RefCell::default();
+    static ROUNDED: Buffers<1> = Buffers::default();
+    static WHOLE: Buffers<3> = Buffers::default();
 }
 
-/// `out = a·b`, rounded to bfloat16, or `out += a·b`, not rounded, on the calling thread.
+/// `out = a·b` or `out += a·b`, on the threads of the current pool or on the calling one. In bfloat16 the operands are rounded,
+/// and the result unless it is added to others.
 ///
 /// # Safety
 /// `out` points to `a.rows` non-overlapping rows of `b.cols` elements, `row_stride` apart, which nothing else aliases; and the
 /// unit is [`available`].
-pub(super) unsafe fn multiply(out: *mut f32, row_stride: usize, destination: Destination, a: Matrix, b: Matrix) {
-    let (rows, cols, inner) = (a.rows, b.cols, a.cols);
-    assert_eq!(inner, b.rows, "product: the inner dimensions differ");
-    // Pieces of equal depth, which do not depend on how the result was cut into tiles: nor do its bits.
-    let depth = inner.div_ceil(inner.div_ceil(PACKED_DEPTH)).next_multiple_of(DEPTH);
-    let blocks = depth / DEPTH;
-    let b = b.t();
-    PACKED.with_borrow_mut(|Packed { left, right }| {
-        let reserve = |packed: &mut Vec<Block>, strips: usize| {
-            if packed.len() < strips * blocks {
-                packed.resize(strips * blocks, Block::ZERO);
+pub(super) unsafe fn multiply(
+    out: Shared,
+    row_stride: usize,
+    destination: Destination,
+    [a, b]: [Matrix; 2],
+    precision: Precision,
+    parallel: bool,
+) {
+    assert_eq!(a.cols, b.rows, "product: the inner dimensions differ");
+    let product = Product { out, row_stride, destination, a, b: b.t(), parallel };
+    // SAFETY: the caller's promises.
+    unsafe {
+        match precision {
+            Precision::Bf16 => product.compute(&ROUNDED),
+            Precision::Fp32 => product.compute(&WHOLE),
+        }
+    }
+}
+
+/// A product and where it goes.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    out: Shared,
+    row_stride: usize,
+    destination: Destination,
+    /// The left operand.
+    a: Matrix<'a>,
+    /// The transpose of the right operand: its rows are columns of the result.
+    b: Matrix<'a>,
+    parallel: bool,
+}
+
+/// Columns of the right operand in some steps along the inner dimension. They are packed strip by strip: all of the first
+/// piece of steps, then all of the second, and so on.
+struct Panel {
+    cols: Range<usize>,
+    steps: Range<usize>,
+    /// Steps of a piece.
+    depth: usize,
+}
+
+impl Panel {
+    fn strips(&self) -> usize {
+        self.cols.len().div_ceil(RIGHT)
+    }
+
+    fn pieces(&self) -> usize {
+        self.steps.len().div_ceil(self.depth)
+    }
+
+    /// Blocks of a strip.
+    fn blocks(&self) -> usize {
+        self.depth / DEPTH
+    }
+
+    /// The steps of a piece.
+    fn steps_of(&self, piece: usize) -> Range<usize> {
+        let start = self.steps.start + piece * self.depth;
+        start..self.steps.end.min(start + self.depth)
+    }
+}
+
+/// Tiles of a result, row by row: wide ones, since a left strip is packed for each, but no wider than right strips fit in the
+/// second-level cache; and so many that no thread waits long for another.
+pub(super) fn tiles(rows: usize, cols: usize) -> Vec<(Range<usize>, Range<usize>)> {
+    const WIDEST: usize = 1024;
+    const LEAST: usize = 16;
+    let across = cols.div_ceil(WIDEST).max(LEAST.div_ceil(rows.div_ceil(LEFT)).min(cols.div_ceil(4 * RIGHT)));
+    let row_of_tiles = |rows: Range<usize>| cut(cols, across, RIGHT).map(move |cols| (rows.clone(), cols));
+    cut(rows, LEAST.div_ceil(across), LEFT).flat_map(row_of_tiles).collect()
+}
+
+impl Product<'_> {
+    /// # Safety
+    /// As for [`multiply`].
+    unsafe fn compute<const PARTS: usize>(self, buffers: &'static LocalKey<Buffers<PARTS>>) {
+        let (rows, cols, inner) = (self.a.rows, self.b.rows, self.a.cols);
+        // Pieces of equal depth, which do not depend on how the result is cut into tiles: nor do its bits.
+        let depth = inner.div_ceil(inner.div_ceil(most_steps::<PARTS>())).next_multiple_of(DEPTH);
+        let mut packed = buffers.with(|buffers| buffers.right.take());
+        for first_col in (0..cols).step_by(PANEL_COLUMNS) {
+            let cols = first_col..cols.min(first_col + PANEL_COLUMNS);
+            let strips = cols.len().div_ceil(RIGHT);
+            let pieces = (PANEL / (strips * RIGHT * depth)).max(1);
+            for first in (0..inner).step_by(pieces * depth) {
+                let steps = first..inner.min(first + pieces * depth);
+                let panel = Panel { cols: cols.clone(), steps, depth };
+                let len = panel.pieces() * strips * panel.blocks();
+                packed.resize(len.max(packed.len()), Block::ZERO);
+                let pack = |(i, strip): (usize, &mut [Block<1, PARTS>])| {
+                    let col = cols.start + i % strips * RIGHT;
+                    let steps = panel.steps_of(i / strips);
+                    let rows = col..cols.end.min(col + RIGHT);
+                    let source = Source { matrix: self.b, rows, steps, side: Side::Right };
+                    // What the next strip but one is packed from.
+                    let ahead = col + 2 * RIGHT..cols.end.min(col + 3 * RIGHT);
+                    let ahead = (!ahead.is_empty()).then(|| Source { rows: ahead, ..source.clone() });
+                    for square in 0..source.squares::<1>() {
+                        if let Some(ahead) = &ahead {
+                            ahead.fetch::<1>(square);
+                        }
+                        // SAFETY: the processor has the instructions.
+                        unsafe { source.pack(strip, square) };
+                    }
+                };
+                let whole = &mut packed[..len];
+                match self.parallel {
+                    true => whole.par_chunks_exact_mut(panel.blocks()).enumerate().with_min_len(8).for_each(pack),
+                    false => whole.chunks_exact_mut(panel.blocks()).enumerate().for_each(pack),
+                }
+                let whole = &packed[..len];
+                let tile = |tile| {
+                    buffers.with(|buffers| {
+                        // SAFETY: the caller's promises.
+                        unsafe { self.tile(&panel, whole, tile, &mut buffers.left.borrow_mut()) };
+                    });
+                };
+                let tiles = tiles(rows, cols.len());
+                match self.parallel {
+                    true => tiles.into_par_iter().for_each(tile),
+                    false => tiles.into_iter().for_each(tile),
+                }
             }
+        }
+        buffers.with(|buffers| buffers.right.set(packed));
+    }
+
+    /// Adds what a panel has to some rows and columns of the result, or begins them.
+    ///
+    /// # Safety
+    /// As for [`multiply`].
+    unsafe fn tile<const PARTS: usize>(
+        &self,
+        panel: &Panel,
+        packed: &[Block<1, PARTS>],
+        (rows, cols): (Range<usize>, Range<usize>),
+        [current, next]: &mut [Vec<Block<2, PARTS>>; 2],
+    ) {
+        let blocks = panel.blocks();
+        for buffer in [&mut *current, &mut *next] {
+            buffer.resize(blocks.max(buffer.len()), Block::ZERO);
+        }
+        let strips = rows.len().div_ceil(LEFT);
+        // The left strips in order: all of a piece, then those of the next piece.
+        let source = |i: usize| {
+            let row = rows.start + i % strips * LEFT;
+            let rows = row..rows.end.min(row + LEFT);
+            Source { matrix: self.a, rows, steps: panel.steps_of(i / strips), side: Side::Left }
         };
-        reserve(left, rows.div_ceil(STRIP).min(PACKED_STRIPS));
-        reserve(right, cols.min(PACKED_COLUMNS).div_ceil(STRIP));
-        let mut sums = Sums([0.0; STRIP * STRIP]);
-        // SAFETY: the processor has the unit and the instructions; the sums are written to rows and columns that
-        // the result has.
+        let (count, meetings) = (strips * panel.pieces(), cols.len().div_ceil(RIGHT));
+        let mut sums = [const { Sums([0.0; LEFT * RIGHT]) }; 2];
+        // SAFETY: the processor has the unit and the instructions; the sums are written to rows and columns that the result
+        // has, and that no other tile has.
         unsafe {
             configure();
-            for first_col in (0..cols).step_by(PACKED_COLUMNS) {
-                let cols = first_col..cols.min(first_col + PACKED_COLUMNS);
-                for first in (0..inner).step_by(depth) {
-                    let steps = first..inner.min(first + depth);
-                    let used = steps.len().div_ceil(DEPTH);
-                    let write = Write {
-                        add: destination == Destination::Accumulate || first > 0,
-                        round: destination == Destination::Overwrite && steps.end == inner,
-                    };
-                    pack(right, blocks, b, &cols, &steps, Side::Right);
-                    for group in (0..rows).step_by(PACKED_STRIPS * STRIP) {
-                        let group = group..rows.min(group + PACKED_STRIPS * STRIP);
-                        pack(left, blocks, a, &group, &steps, Side::Left);
-                        for (left, row) in left.chunks_exact(blocks).zip(group.clone().step_by(STRIP)) {
-                            for (right, col) in right.chunks_exact(blocks).zip(cols.clone().step_by(STRIP)) {
-                                strips(&mut sums, &left[..used], &right[..used]);
-                                let size = (STRIP.min(group.end - row), STRIP.min(cols.end - col));
-                                write.to(out.add(row * row_stride + col), row_stride, &sums, size);
+            (0..source(0).squares::<2>()).for_each(|square| source(0).pack(current, square));
+            for i in 0..count {
+                let (row, steps) = (rows.start + i % strips * LEFT, panel.steps_of(i / strips));
+                let used = steps.len().div_ceil(DEPTH);
+                let write = Write {
+                    add: self.destination == Destination::Accumulate || steps.start > 0,
+                    round: PARTS == 1 && self.destination == Destination::Overwrite && steps.end == self.a.cols,
+                    rows: LEFT.min(rows.end - row),
+                    row_stride: self.row_stride,
+                };
+                let following = (i + 1 < count).then(|| source(i + 1));
+                let ahead = (i + 2 < count).then(|| source(i + 2));
+                let squares = following.as_ref().map_or(0, Source::squares::<2>);
+                let mut square = 0;
+                let mut finished = None;
+                let first = (i / strips * panel.strips() + cols.start / RIGHT) * blocks;
+                for (j, right) in packed[first..][..meetings * blocks].chunks_exact(blocks).enumerate() {
+                    let col = panel.cols.start + cols.start + j * RIGHT;
+                    write.fetch(self.out.at(row * self.row_stride + col));
+                    multiply_strips(&mut sums[j % 2], &current[..used], &right[..used]);
+                    // While the unit works on these, what it finished before is written, and some of the next strip packed.
+                    if let Some(col) = finished.replace(col) {
+                        write.to(self.out.at(row * self.row_stride + col), &sums[(j + 1) % 2], RIGHT);
+                    }
+                    if let Some(source) = &following {
+                        while square < squares * (j + 1) / meetings {
+                            source.pack(next, square);
+                            if let Some(ahead) = &ahead {
+                                ahead.fetch::<2>(square);
                             }
+                            square += 1;
                         }
                     }
                 }
+                if let Some(col) = finished {
+                    let len = panel.cols.start + cols.end - col;
+                    write.to(self.out.at(row * self.row_stride + col), &sums[(meetings + 1) % 2], len);
+                }
+                std::mem::swap(current, next);
             }
             release();
         }
-    });
+    }
 }
 
 /// Sets all eight registers to 16 rows of 64 bytes.
@@ -178,47 +330,134 @@ unsafe fn release() {
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
-/// The product of a strip of rows and a strip of columns. Four registers hold the sums, so that each waits for its last
-/// instruction while the others are in the unit; two hold halves of the left strip and two of the right one.
+/// A strip's share of the result.
+#[repr(C, align(64))]
+struct Sums([f32; LEFT * RIGHT]);
+
+/// The product of a strip of rows and a strip of columns. Two registers hold the sums, two the halves of the left strip, and one
+/// the right one.
 ///
 /// # Safety
 /// The registers are configured, as by [`configure`].
-unsafe fn strips(sums: &mut Sums, left: &[Block], right: &[Block]) {
+unsafe fn multiply_strips<const PARTS: usize>(sums: &mut Sums, left: &[Block<2, PARTS>], right: &[Block<1, PARTS>]) {
     assert!(!left.is_empty() && left.len() == right.len(), "strips of {} and {} blocks", left.len(), right.len());
-    // SAFETY: reads the blocks, of which there are as many of both, and writes all of the sums.
+    macro_rules! strips {
+        ($($instruction:literal),* $(,)?) => {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "2:",
+                $($instruction,)*
+                "add {left}, {left_size}",
+                "add {right}, {right_size}",
+                "dec {blocks}",
+                "jnz 2b",
+                "tilestored [{sums} + {row}], tmm0",
+                "tilestored [{sums} + {row} + 1024], tmm1",
+                left = inout(reg) left.as_ptr() => _,
+                right = inout(reg) right.as_ptr() => _,
+                blocks = inout(reg) left.len() => _,
+                sums = in(reg) sums,
+                row = in(reg) 64_usize,
+                left_size = const size_of::<Block<2, PARTS>>(),
+                right_size = const size_of::<Block<1, PARTS>>(),
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _,
+                options(nostack),
+            )
+        };
+    }
+    // SAFETY: reads the blocks, of which there are as many of both, and writes all of the sums; what is fetched ahead need not
+    // exist.
     unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tileloadd tmm4, [{left} + {row}]",
-            "tileloadd tmm6, [{right} + {row}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{right} + {row} + 1024]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{left} + {row} + 1024]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {left}, 2048",
-            "add {right}, 2048",
-            "dec {blocks}",
-            "jnz 2b",
-            "tilestored [{sums} + {sums_row}], tmm0",
-            "tilestored [{sums} + {sums_row} + 64], tmm1",
-            "tilestored [{sums} + {sums_row} + 2048], tmm2",
-            "tilestored [{sums} + {sums_row} + 2112], tmm3",
-            left = inout(reg) left.as_ptr() => _,
-            right = inout(reg) right.as_ptr() => _,
-            blocks = inout(reg) left.len() => _,
-            sums = in(reg) sums,
-            row = in(reg) 64_usize,
-            sums_row = in(reg) 4 * STRIP,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
+        match PARTS {
+            1 => strips!(
+                "tileloadd tmm4, [{right} + {row}]",
+                "tileloaddt1 tmm2, [{left} + {row}]",
+                "tdpbf16ps tmm0, tmm2, tmm4",
+                "tileloaddt1 tmm3, [{left} + {row} + 1024]",
+                "tdpbf16ps tmm1, tmm3, tmm4",
+            ),
+            // The left strip is read past the first-level cache, where the right one would not find room beside it; the block of
+            // the right one that follows is fetched meanwhile.
+            _ => strips!(
+                // The third part by the first one.
+                "tileloadd tmm4, [{right} + {row}]",
+                "tileloaddt1 tmm2, [{left} + {row} + 4096]",
+                "tdpbf16ps tmm0, tmm2, tmm4",
+                "prefetcht0 [{right} + 3072]",
+                "prefetcht0 [{right} + 3136]",
+                "prefetcht0 [{right} + 3200]",
+                "prefetcht0 [{right} + 3264]",
+                "tileloaddt1 tmm3, [{left} + {row} + 5120]",
+                "tdpbf16ps tmm1, tmm3, tmm4",
+                "prefetcht0 [{right} + 3328]",
+                "prefetcht0 [{right} + 3392]",
+                "prefetcht0 [{right} + 3456]",
+                "prefetcht0 [{right} + 3520]",
+                // The second by the first.
+                "tileloaddt1 tmm2, [{left} + {row} + 2048]",
+                "tdpbf16ps tmm0, tmm2, tmm4",
+                "prefetcht0 [{right} + 3584]",
+                "prefetcht0 [{right} + 3648]",
+                "prefetcht0 [{right} + 3712]",
+                "prefetcht0 [{right} + 3776]",
+                "tileloaddt1 tmm3, [{left} + {row} + 3072]",
+                "tdpbf16ps tmm1, tmm3, tmm4",
+                "prefetcht0 [{right} + 3840]",
+                "prefetcht0 [{right} + 3904]",
+                "prefetcht0 [{right} + 3968]",
+                "prefetcht0 [{right} + 4032]",
+                // The second by the second.
+                "tileloadd tmm4, [{right} + {row} + 1024]",
+                "tdpbf16ps tmm0, tmm2, tmm4",
+                "prefetcht0 [{right} + 4096]",
+                "prefetcht0 [{right} + 4160]",
+                "prefetcht0 [{right} + 4224]",
+                "prefetcht0 [{right} + 4288]",
+                "tdpbf16ps tmm1, tmm3, tmm4",
+                "prefetcht0 [{right} + 4352]",
+                "prefetcht0 [{right} + 4416]",
+                "prefetcht0 [{right} + 4480]",
+                "prefetcht0 [{right} + 4544]",
+                // The first by the second.
+                "tileloaddt1 tmm2, [{left} + {row}]",
+                "tdpbf16ps tmm0, tmm2, tmm4",
+                "prefetcht0 [{right} + 4608]",
+                "prefetcht0 [{right} + 4672]",
+                "prefetcht0 [{right} + 4736]",
+                "prefetcht0 [{right} + 4800]",
+                "tileloaddt1 tmm3, [{left} + {row} + 1024]",
+                "tdpbf16ps tmm1, tmm3, tmm4",
+                "prefetcht0 [{right} + 4864]",
+                "prefetcht0 [{right} + 4928]",
+                "prefetcht0 [{right} + 4992]",
+                "prefetcht0 [{right} + 5056]",
+                // The first by the third.
+                "tileloadd tmm4, [{right} + {row} + 2048]",
+                "tdpbf16ps tmm0, tmm2, tmm4",
+                "prefetcht0 [{right} + 5120]",
+                "prefetcht0 [{right} + 5184]",
+                "prefetcht0 [{right} + 5248]",
+                "prefetcht0 [{right} + 5312]",
+                "tdpbf16ps tmm1, tmm3, tmm4",
+                "prefetcht0 [{right} + 5376]",
+                "prefetcht0 [{right} + 5440]",
+                "prefetcht0 [{right} + 5504]",
+                "prefetcht0 [{right} + 5568]",
+                // The first by the first: the largest.
+                "tileloadd tmm4, [{right} + {row}]",
+                "tdpbf16ps tmm0, tmm2, tmm4",
+                "prefetcht0 [{right} + 5632]",
+                "prefetcht0 [{right} + 5696]",
+                "prefetcht0 [{right} + 5760]",
+                "prefetcht0 [{right} + 5824]",
+                "tdpbf16ps tmm1, tmm3, tmm4",
+                "prefetcht0 [{right} + 5888]",
+                "prefetcht0 [{right} + 5952]",
+                "prefetcht0 [{right} + 6016]",
+                "prefetcht0 [{right} + 6080]",
+            ),
+        }
     }
 }
 
@@ -229,177 +468,40 @@ struct Write {
     add: bool,
     /// What comes out, to bfloat16.
     round: bool,
+    /// That the result has.
+    rows: usize,
+    row_stride: usize,
 }
 
 impl Write {
-    /// Writes the part of the sums that the result has.
+    /// Has the caches fetch a line of each row, which is written soon.
+    #[inline]
+    fn fetch(self, out: *mut f32) {
+        for i in 0..self.rows {
+            // SAFETY: a hint, which every processor of this architecture knows.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(i * self.row_stride).cast()) };
+        }
+    }
+
+    /// Writes as many columns.
     ///
     /// # Safety
     /// `out` points to as many rows and columns, `row_stride` apart, which nothing else aliases.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn to(self, out: *mut f32, row_stride: usize, sums: &Sums, (rows, cols): (usize, usize)) {
-        for (i, row) in sums.0.chunks_exact(STRIP).take(rows).enumerate() {
-            for (j, sums) in row.chunks_exact(16).enumerate().take(cols.div_ceil(16)) {
-                let mask = lanes(cols - 16 * j);
-                // SAFETY: the mask leaves the columns that the result has; the caller's promise.
-                unsafe {
-                    let out = out.add(i * row_stride + 16 * j);
-                    let sums = _mm512_loadu_ps(sums.as_ptr());
-                    let value = match self.add {
-                        true => _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, out)),
-                        false => sums,
-                    };
-                    let value = if self.round { _mm512_cvtpbh_ps(_mm512_cvtneps_pbh(value)) } else { value };
-                    _mm512_mask_storeu_ps(out, mask, value);
-                }
+    unsafe fn to(self, out: *mut f32, sums: &Sums, cols: usize) {
+        let mask = packing::lanes(cols);
+        for (i, sums) in sums.0.chunks_exact(RIGHT).take(self.rows).enumerate() {
+            // SAFETY: the mask leaves the columns that the result has; the caller's promise.
+            unsafe {
+                let out = out.add(i * self.row_stride);
+                let sums = _mm512_loadu_ps(sums.as_ptr());
+                let value = match self.add {
+                    true => _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, out)),
+                    false => sums,
+                };
+                let value = if self.round { _mm512_cvtpbh_ps(_mm512_cvtneps_pbh(value)) } else { value };
+                _mm512_mask_storeu_ps(out, mask, value);
             }
-        }
-    }
-}
-
-/// The first lanes of 16.
-fn lanes(count: usize) -> __mmask16 {
-    if count >= 16 { !0 } else { (1 << count) - 1 }
-}
-
-/// Packs the `steps` of `rows` of a matrix, strip by strip, `blocks` of each; what the last strip or block lacks becomes zero.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn pack(strips: &mut [Block], blocks: usize, matrix: Matrix, rows: &Range<usize>, steps: &Range<usize>, side: Side) {
-    // Whether the numbers of a row lie side by side, or those of a step do.
-    let along_rows = matrix.col_stride == 1;
-    let source = Source { matrix, rows, steps };
-    let (halves, used) = (2 * rows.len().div_ceil(STRIP), steps.len().div_ceil(DEPTH));
-    for i in 0..halves * used {
-        // In the order in which few lines of the matrix go on side by side.
-        let (half, block) = if along_rows { (i / used, i % used) } else { (i % halves, i / halves) };
-        let (row, step) = (16 * half, DEPTH * block);
-        let register = &mut strips[half / 2 * blocks + block].0[half % 2];
-        match (along_rows, side) {
-            (true, Side::Left) => (0..16).for_each(|i| register.store(i, source.of_row(row + i, step))),
-            (false, Side::Right) => (0..16).for_each(|i| register.store(i, source.of_pair(row, step + 2 * i))),
-            (true, Side::Right) => register.store_turned(std::array::from_fn(|i| source.of_row(row + i, step))),
-            (false, Side::Left) => register.store_turned(std::array::from_fn(|i| source.of_pair(row, step + 2 * i))),
-        }
-    }
-}
-
-/// The part of a matrix that is packed.
-struct Source<'a> {
-    matrix: Matrix<'a>,
-    rows: &'a Range<usize>,
-    steps: &'a Range<usize>,
-}
-
-/// How many rows further along a step what is read soon begins to be fetched: two strips. The processor alone does not see so
-/// many lines going on side by side.
-const AHEAD: usize = 2 * STRIP;
-
-impl Source<'_> {
-    /// 32 steps of a row, which lie side by side.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn of_row(&self, row: usize, step: usize) -> __m512i {
-        let left = if row < self.rows.len() { self.steps.len() - step } else { 0 };
-        let start = (self.rows.start + row) * self.matrix.row_stride + self.steps.start + step;
-        let first = numbers(self.matrix.data, start, left);
-        rounded(first, numbers(self.matrix.data, start + 16, left.saturating_sub(16)))
-    }
-
-    /// Two steps of 16 rows, which lie side by side: one of each row after the other.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn of_pair(&self, row: usize, step: usize) -> __m512i {
-        let rows = self.rows.len().saturating_sub(row);
-        let start = self.rows.start + row + (self.steps.start + step) * self.matrix.col_stride;
-        let next = start + self.matrix.col_stride;
-        // Hints, for which the places need not exist.
-        let ahead = |start: usize| self.matrix.data.as_ptr().wrapping_add(start + AHEAD).cast();
-        _mm_prefetch::<_MM_HINT_T0>(ahead(start));
-        _mm_prefetch::<_MM_HINT_T0>(ahead(next));
-        let first = numbers(self.matrix.data, start, if step < self.steps.len() { rows } else { 0 });
-        let second = numbers(self.matrix.data, next, if step + 1 < self.steps.len() { rows } else { 0 });
-        alternating(rounded(first, second))
-    }
-}
-
-/// So many numbers from a place on, at most 16, and zeros for the rest.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn numbers(data: &[f32], start: usize, count: usize) -> __m512 {
-    if count >= 16 {
-        // SAFETY: reads 16 numbers, which the slice has.
-        unsafe { _mm512_loadu_ps(data[start..][..16].as_ptr()) }
-    } else if count > 0 {
-        // SAFETY: reads `count` numbers, which the slice has.
-        unsafe { _mm512_maskz_loadu_ps(lanes(count), data[start..][..count].as_ptr()) }
-    } else {
-        _mm512_setzero_ps()
-    }
-}
-
-/// 32 numbers, those of `x` first.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn rounded(x: __m512, y: __m512) -> __m512i {
-    // SAFETY: 512 bits in either type.
-    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x)) }
-}
-
-/// One of the first 16, one of the last 16, and so on.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn alternating(numbers: __m512i) -> __m512i {
-    const PLACES: [u16; 32] = {
-        let mut places = [0; 32];
-        let mut i = 0;
-        while i < 32 {
-            places[i as usize] = i / 2 + 16 * (i % 2);
-            i += 1;
-        }
-        places
-    };
-    // SAFETY: reads the 64 bytes.
-    let places = unsafe { _mm512_loadu_si512(PLACES.as_ptr().cast()) };
-    _mm512_permutexvar_epi16(places, numbers)
-}
-
-impl Register {
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn store(&mut self, row: usize, numbers: __m512i) {
-        // SAFETY: writes 64 bytes, which the slice has; registers are aligned to as many.
-        unsafe { _mm512_store_si512(self.0[32 * row..][..32].as_mut_ptr().cast(), numbers) };
-    }
-
-    /// Stores the transpose of 16 × 16 pairs of numbers, given by rows.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn store_turned(&mut self, mut rows: [__m512i; 16]) {
-        let mut t = [_mm512_setzero_si512(); 16];
-        // Squares of 2, then of 4, inside the quarters of the vectors.
-        for i in 0..8 {
-            t[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-            t[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-        }
-        for i in 0..4 {
-            let [a, b, c, d] = [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]];
-            rows[4 * i] = _mm512_unpacklo_epi64(a, c);
-            rows[4 * i + 1] = _mm512_unpackhi_epi64(a, c);
-            rows[4 * i + 2] = _mm512_unpacklo_epi64(b, d);
-            rows[4 * i + 3] = _mm512_unpackhi_epi64(b, d);
-        }
-        // Then the quarters themselves.
-        for i in 0..4 {
-            t[i] = _mm512_shuffle_i32x4::<0x88>(rows[i], rows[i + 4]);
-            t[i + 4] = _mm512_shuffle_i32x4::<0xdd>(rows[i], rows[i + 4]);
-            t[i + 8] = _mm512_shuffle_i32x4::<0x88>(rows[i + 8], rows[i + 12]);
-            t[i + 12] = _mm512_shuffle_i32x4::<0xdd>(rows[i + 8], rows[i + 12]);
-        }
-        for i in 0..4 {
-            self.store(i, _mm512_shuffle_i32x4::<0x88>(t[i], t[i + 8]));
-            self.store(i + 4, _mm512_shuffle_i32x4::<0x88>(t[i + 4], t[i + 12]));
-            self.store(i + 8, _mm512_shuffle_i32x4::<0xdd>(t[i], t[i + 8]));
-            self.store(i + 12, _mm512_shuffle_i32x4::<0xdd>(t[i + 4], t[i + 12]));
         }
     }
 }
