@@ -342,7 +342,7 @@ struct Sums([f32; LEFT * RIGHT]);
 unsafe fn multiply_strips<const PARTS: usize>(sums: &mut Sums, left: &[Block<2, PARTS>], right: &[Block<1, PARTS>]) {
     assert!(!left.is_empty() && left.len() == right.len(), "strips of {} and {} blocks", left.len(), right.len());
     macro_rules! strips {
-        ($($instruction:literal),* $(,)?) => {
+        ($($instruction:expr),* $(,)?) => {
             asm!(
                 "tilezero tmm0",
                 "tilezero tmm1",
@@ -366,6 +366,25 @@ unsafe fn multiply_strips<const PARTS: usize>(sums: &mut Sums, left: &[Block<2, 
             )
         };
     }
+    // Fetches four lines of the block of the right strip that follows.
+    macro_rules! ahead {
+        ($place:literal) => {
+            concat!(
+                "prefetcht0 [{right} + {right_size} + ",
+                $place,
+                "]\n",
+                "prefetcht0 [{right} + {right_size} + ",
+                $place,
+                " + 64]\n",
+                "prefetcht0 [{right} + {right_size} + ",
+                $place,
+                " + 128]\n",
+                "prefetcht0 [{right} + {right_size} + ",
+                $place,
+                " + 192]",
+            )
+        };
+    }
     // SAFETY: reads the blocks, of which there are as many of both, and writes all of the sums; what is fetched ahead need not
     // exist.
     unsafe {
@@ -384,78 +403,42 @@ unsafe fn multiply_strips<const PARTS: usize>(sums: &mut Sums, left: &[Block<2, 
                 "tileloadd tmm4, [{right} + {row}]",
                 "tileloaddt1 tmm2, [{left} + {row} + 4096]",
                 "tdpbf16ps tmm0, tmm2, tmm4",
-                "prefetcht0 [{right} + 3072]",
-                "prefetcht0 [{right} + 3136]",
-                "prefetcht0 [{right} + 3200]",
-                "prefetcht0 [{right} + 3264]",
+                ahead!(0),
                 "tileloaddt1 tmm3, [{left} + {row} + 5120]",
                 "tdpbf16ps tmm1, tmm3, tmm4",
-                "prefetcht0 [{right} + 3328]",
-                "prefetcht0 [{right} + 3392]",
-                "prefetcht0 [{right} + 3456]",
-                "prefetcht0 [{right} + 3520]",
+                ahead!(256),
                 // The second by the first.
                 "tileloaddt1 tmm2, [{left} + {row} + 2048]",
                 "tdpbf16ps tmm0, tmm2, tmm4",
-                "prefetcht0 [{right} + 3584]",
-                "prefetcht0 [{right} + 3648]",
-                "prefetcht0 [{right} + 3712]",
-                "prefetcht0 [{right} + 3776]",
+                ahead!(512),
                 "tileloaddt1 tmm3, [{left} + {row} + 3072]",
                 "tdpbf16ps tmm1, tmm3, tmm4",
-                "prefetcht0 [{right} + 3840]",
-                "prefetcht0 [{right} + 3904]",
-                "prefetcht0 [{right} + 3968]",
-                "prefetcht0 [{right} + 4032]",
+                ahead!(768),
                 // The second by the second.
                 "tileloadd tmm4, [{right} + {row} + 1024]",
                 "tdpbf16ps tmm0, tmm2, tmm4",
-                "prefetcht0 [{right} + 4096]",
-                "prefetcht0 [{right} + 4160]",
-                "prefetcht0 [{right} + 4224]",
-                "prefetcht0 [{right} + 4288]",
+                ahead!(1024),
                 "tdpbf16ps tmm1, tmm3, tmm4",
-                "prefetcht0 [{right} + 4352]",
-                "prefetcht0 [{right} + 4416]",
-                "prefetcht0 [{right} + 4480]",
-                "prefetcht0 [{right} + 4544]",
+                ahead!(1280),
                 // The first by the second.
                 "tileloaddt1 tmm2, [{left} + {row}]",
                 "tdpbf16ps tmm0, tmm2, tmm4",
-                "prefetcht0 [{right} + 4608]",
-                "prefetcht0 [{right} + 4672]",
-                "prefetcht0 [{right} + 4736]",
-                "prefetcht0 [{right} + 4800]",
+                ahead!(1536),
                 "tileloaddt1 tmm3, [{left} + {row} + 1024]",
                 "tdpbf16ps tmm1, tmm3, tmm4",
-                "prefetcht0 [{right} + 4864]",
-                "prefetcht0 [{right} + 4928]",
-                "prefetcht0 [{right} + 4992]",
-                "prefetcht0 [{right} + 5056]",
+                ahead!(1792),
                 // The first by the third.
                 "tileloadd tmm4, [{right} + {row} + 2048]",
                 "tdpbf16ps tmm0, tmm2, tmm4",
-                "prefetcht0 [{right} + 5120]",
-                "prefetcht0 [{right} + 5184]",
-                "prefetcht0 [{right} + 5248]",
-                "prefetcht0 [{right} + 5312]",
+                ahead!(2048),
                 "tdpbf16ps tmm1, tmm3, tmm4",
-                "prefetcht0 [{right} + 5376]",
-                "prefetcht0 [{right} + 5440]",
-                "prefetcht0 [{right} + 5504]",
-                "prefetcht0 [{right} + 5568]",
+                ahead!(2304),
                 // The first by the first: the largest.
                 "tileloadd tmm4, [{right} + {row}]",
                 "tdpbf16ps tmm0, tmm2, tmm4",
-                "prefetcht0 [{right} + 5632]",
-                "prefetcht0 [{right} + 5696]",
-                "prefetcht0 [{right} + 5760]",
-                "prefetcht0 [{right} + 5824]",
+                ahead!(2560),
                 "tdpbf16ps tmm1, tmm3, tmm4",
-                "prefetcht0 [{right} + 5888]",
-                "prefetcht0 [{right} + 5952]",
-                "prefetcht0 [{right} + 6016]",
-                "prefetcht0 [{right} + 6080]",
+                ahead!(2816),
             ),
         }
     }
