@@ -19,7 +19,8 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
-use crate::eval::common::{Frozen, Network, Set};
+use crate::eval::frozen::{Frozen, Network};
+use crate::eval::sets::Set;
 use crate::eval::{check_writable, header_entry};
 use crate::table::count;
 use crate::{Usage, terminal};

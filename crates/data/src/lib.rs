@@ -33,7 +33,7 @@ pub use loader::{Loader, LoaderError};
 pub use order::SampleOrder;
 pub use source::{GroundTruth, Source, open};
 pub use subset::Subset;
-pub use synthetic::{Split, SyntheticConfig, SyntheticSource};
+pub use synthetic::{Split, SyntheticConfig, SyntheticSource, is_synthetic};
 
 #[cfg(test)]
 mod testing;

@@ -2,7 +2,9 @@
 
 use dinoxide_evaluation::{KMeansConfig, LabeledFeatures, clustering};
 
-use super::common::{Frozen, Metric, Outcome, Set, Tokens};
+use super::frozen::{Frozen, Tokens};
+use super::outcome::{Metric, Outcome};
+use super::sets::Set;
 
 #[derive(clap::Args)]
 pub(crate) struct Task {
@@ -28,7 +30,7 @@ pub(crate) struct Task {
     seed: u64,
 }
 
-impl super::common::Task for Task {
+impl super::measurement::Task for Task {
     const BLOCKS: usize = 1;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use dinoxide_evaluation::Interval;
 use serde_json::{Value, json};
 
-use super::common::{between, show};
+use super::outcome::{between, show};
 use crate::table::table;
 use crate::{Usage, terminal};
 

@@ -9,7 +9,10 @@ use dinoxide_evaluation::copies::edits::{Edit, Edited};
 use dinoxide_evaluation::copies::{Copies, CopiesConfig, copies};
 use dinoxide_evaluation::{Features, Token};
 
-use super::common::{Frozen, Metric, Outcome, Set, check_distinct};
+use super::check_distinct;
+use super::frozen::Frozen;
+use super::outcome::{Metric, Outcome};
+use super::sets::Set;
 use crate::Usage;
 
 #[derive(clap::Args)]
@@ -55,7 +58,7 @@ struct Kind {
     originals: Vec<Option<usize>>,
 }
 
-impl super::common::Task for Task {
+impl super::measurement::Task for Task {
     const BLOCKS: usize = 1;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use dinoxide_data::{AnnotatedSource, DecodeLimits, MapKind, Pairing, Rejected};
+use dinoxide_data::{AnnotatedSource, DecodeLimits, MapKind, Pairing, Rejected, is_synthetic};
 use dinoxide_evaluation::dense::{Encoder, HeadConfig, HeadKind, TokenGridConfig, dpt};
 use dinoxide_evaluation::{FeatureSource, Token};
 
-use super::common::{Outcome, Output};
 use super::given::{Given, Weights};
+use super::outcome::{Outcome, Output};
 use crate::Usage;
 use crate::terminal::Log;
 
@@ -100,16 +100,11 @@ pub(crate) struct PairArgs {
     pub(crate) map_suffix: String,
 }
 
-/// Whether a spec is about the built-in images, which come with their masks and depth.
-pub(super) fn is_built_in(spec: &str) -> bool {
-    spec == "synthetic" || spec.starts_with("synthetic:")
-}
-
 impl PairArgs {
     /// Refuses flags about files of images that are in none.
     fn check_built_in(&self) -> anyhow::Result<()> {
-        let train = is_built_in(&self.train);
-        let val = self.val.as_deref().is_some_and(is_built_in);
+        let train = is_synthetic(&self.train);
+        let val = self.val.as_deref().is_some_and(is_synthetic);
         // Both sets have the suffixes.
         let all = train && (val || self.val.is_none());
         let flags = [

@@ -8,9 +8,9 @@ use dinoxide_evaluation::dense::{HeadConfig, HeadKind};
 use dinoxide_evaluation::{Method, Protocol, Report};
 use serde_json::json;
 
-use super::common::{Metric, Outcome};
 use super::dense::{DenseCommon, DenseSetup, DenseTask, HeadArg, HeadArgs, PairArgs, stages, warn};
 use super::given::Given;
+use super::outcome::{Metric, Outcome};
 use crate::Usage;
 use crate::table::table;
 

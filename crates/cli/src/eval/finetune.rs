@@ -9,7 +9,9 @@ use dinoxide_evaluation::{
 use dinoxide_model::weights::{DESCRIPTION_KEY, Description, Provenance, Score, backbone_file};
 use dinoxide_model::{Architecture, Backbone};
 
-use super::common::{Frozen, Metric, Outcome, Pair, Sets, between};
+use super::frozen::Frozen;
+use super::outcome::{Metric, Outcome, between};
+use super::sets::{Pair, Sets};
 use super::{check_replaceable, header_entry};
 use crate::Usage;
 use crate::table::table;
@@ -59,7 +61,7 @@ pub(crate) struct Task {
     save: Option<PathBuf>,
 }
 
-impl super::common::Task for Task {
+impl super::measurement::Task for Task {
     const BLOCKS: usize = 1;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {

@@ -7,9 +7,9 @@ use dinoxide_evaluation::dense::HeadConfig;
 use dinoxide_evaluation::dense::foreground::{ATTENTION_MASS, foreground, split_by_folder};
 use dinoxide_evaluation::{Method, Protocol, Report};
 
-use super::common::{Metric, Outcome};
 use super::dense::{DenseCommon, DenseSetup, DenseTask, HeadArgs, PairArgs, stages, warn};
 use super::given::Given;
+use super::outcome::{Metric, Outcome};
 use crate::Usage;
 use crate::table::table;
 use crate::terminal::Log;

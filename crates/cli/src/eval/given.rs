@@ -9,7 +9,7 @@ use dinoxide_model::Backbone;
 use dinoxide_model::weights::Description;
 use serde_json::{Value, json};
 
-use super::common::Outcome;
+use super::outcome::Outcome;
 use crate::{device, terminal};
 
 /// Weights, and where to compute.

@@ -3,7 +3,10 @@
 use dinoxide_evaluation::{FewShot, KnnConfig, knn, spectrum};
 use serde_json::json;
 
-use super::common::{Frozen, Metric, Outcome, Pair, Sets, Tokens, between, check_distinct};
+use super::check_distinct;
+use super::frozen::{Frozen, Tokens};
+use super::outcome::{Metric, Outcome, between};
+use super::sets::{Pair, Sets};
 use crate::Usage;
 use crate::table::table;
 
@@ -30,7 +33,7 @@ pub(crate) struct Task {
     seed: u64,
 }
 
-impl super::common::Task for Task {
+impl super::measurement::Task for Task {
     const BLOCKS: usize = 1;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {

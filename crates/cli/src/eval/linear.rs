@@ -5,7 +5,9 @@ use dinoxide_evaluation::{
     Report, Selection, Token, linear, linear_augmented,
 };
 
-use super::common::{Frozen, Metric, Outcome, Pair, Sets, between};
+use super::frozen::Frozen;
+use super::outcome::{Metric, Outcome, between};
+use super::sets::{Pair, Sets};
 use crate::table::table;
 use crate::terminal::Log;
 
@@ -49,7 +51,7 @@ pub(crate) struct Task {
     seed: u64,
 }
 
-impl super::common::Task for Task {
+impl super::measurement::Task for Task {
     const BLOCKS: usize = 4;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {

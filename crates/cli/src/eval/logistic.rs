@@ -2,7 +2,9 @@
 
 use dinoxide_evaluation::{LogisticConfig, Selection, logistic};
 
-use super::common::{Frozen, Metric, Outcome, Pair, Sets, Tokens, between};
+use super::frozen::{Frozen, Tokens};
+use super::outcome::{Metric, Outcome, between};
+use super::sets::{Pair, Sets};
 use crate::table::table;
 
 #[derive(clap::Args)]
@@ -31,7 +33,7 @@ pub(crate) struct Task {
     seed: u64,
 }
 
-impl super::common::Task for Task {
+impl super::measurement::Task for Task {
     const BLOCKS: usize = 1;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {

@@ -1,7 +1,6 @@
 //! `dinoxide eval`: evaluations of a weight file, each in a file of its own.
 
 mod clustering;
-pub(crate) mod common;
 mod compare;
 mod copies;
 mod correspondence;
@@ -9,15 +8,20 @@ pub(crate) mod dense;
 pub(crate) mod depth;
 mod finetune;
 mod foreground;
+pub(crate) mod frozen;
 pub(crate) mod given;
 mod knn;
 mod linear;
 mod logistic;
+mod measurement;
+pub(crate) mod outcome;
 mod retrieval;
 pub(crate) mod segmentation;
+pub(crate) mod sets;
 mod suite;
 mod video;
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
@@ -27,7 +31,7 @@ use dinoxide_evaluation::EvaluationError;
 use dinoxide_model::weights::write_atomically;
 use serde_json::Value;
 
-use self::common::Measurement;
+use self::measurement::Measurement;
 use crate::Usage;
 
 /// The evaluations. Each reads the architecture from the weight file.
@@ -117,9 +121,25 @@ pub(crate) fn check_result(path: &Path) -> anyhow::Result<()> {
     })
 }
 
+/// Refuses a list that has a value twice.
+pub(super) fn check_distinct<T: Display + PartialEq>(task: &str, flag: &str, values: &[T]) -> anyhow::Result<()> {
+    match values.iter().enumerate().find(|(at, value)| values[..*at].contains(value)) {
+        Some((_, twice)) => {
+            let message = format!("{task}: `{flag}` has {twice} twice, it must be a list of different values");
+            Err(Usage(anyhow::anyhow!(message)).into())
+        }
+        None => Ok(()),
+    }
+}
+
 /// Refuses to write over a file unless `is_ours` says that the same command wrote it: a name given by mistake would cost
 /// the weights, a list or an image.
-fn check_replaceable(path: &Path, flag: &str, what: &str, is_ours: impl FnOnce(File) -> bool) -> anyhow::Result<()> {
+pub(crate) fn check_replaceable(
+    path: &Path,
+    flag: &str,
+    what: &str,
+    is_ours: impl FnOnce(File) -> bool,
+) -> anyhow::Result<()> {
     check_writable(path)?;
     if !path.exists() || path.is_file() && File::open(path).is_ok_and(is_ours) {
         return Ok(());

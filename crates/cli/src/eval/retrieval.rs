@@ -8,7 +8,10 @@ use dinoxide_data::{ReadError, Source};
 use dinoxide_evaluation::{Extracted, GroundTruth, LabeledFeatures, RetrievalConfig, retrieval, revisited};
 use image::RgbImage;
 
-use super::common::{Frozen, Metric, Outcome, Set, Tokens, check_distinct};
+use super::check_distinct;
+use super::frozen::{Frozen, Tokens};
+use super::outcome::{Metric, Outcome};
+use super::sets::Set;
 use crate::Usage;
 
 #[derive(clap::Args)]
@@ -35,7 +38,7 @@ pub(crate) struct Task {
     ground_truth: Option<PathBuf>,
 }
 
-impl super::common::Task for Task {
+impl super::measurement::Task for Task {
     const BLOCKS: usize = 1;
 
     fn run(&self, frozen: &mut Frozen) -> anyhow::Result<Outcome> {

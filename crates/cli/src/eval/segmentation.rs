@@ -9,9 +9,9 @@ use dinoxide_evaluation::dense::segmentation::{Classes, Ids, SegmentationHead, v
 use dinoxide_evaluation::{EvaluationError, Method, Protocol, Report};
 use serde_json::json;
 
-use super::common::{Metric, Outcome};
 use super::dense::{DenseCommon, DenseSetup, DenseTask, HeadArg, HeadArgs, PairArgs, stages, warn};
 use super::given::Given;
+use super::outcome::{Metric, Outcome};
 use crate::Usage;
 use crate::table::table;
 

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use dinoxide_data::{AnnotatedSource, DecodeLimits, MapKind, Pairing};
+use dinoxide_data::{AnnotatedSource, DecodeLimits, MapKind, Pairing, is_synthetic};
 use dinoxide_evaluation::dense::propagation::{ObjectScores, Propagation, PropagationConfig, score_object};
 use dinoxide_evaluation::{Method, Protocol, Report};
 use serde_json::json;
 
-use super::common::{Metric, Outcome};
-use super::dense::{DenseSetup, DenseTask, Layers, Seen, is_built_in};
+use super::dense::{DenseSetup, DenseTask, Layers, Seen};
 use super::given::Given;
+use super::outcome::{Metric, Outcome};
 use crate::Usage;
 use crate::table::table;
 use crate::terminal::Log;
@@ -138,7 +138,7 @@ impl DenseTask for Task {
 fn videos(args: &Task) -> anyhow::Result<Vec<Video>> {
     let data = &args.data;
     let usage = |message: String| Usage(anyhow::anyhow!("{}: {message}", data.display()));
-    if is_built_in(&data.to_string_lossy()) {
+    if is_synthetic(&data.to_string_lossy()) {
         return Err(usage(format!("the built-in images are no videos\n\n{LAYOUT}")).into());
     }
     let entries = std::fs::read_dir(data).map_err(|e| usage(e.to_string()))?;

@@ -147,6 +147,11 @@ pub(crate) fn parse_spec(spec: &str) -> Result<Option<SyntheticConfig>, DataErro
     }
 }
 
+/// Whether a spec, as [`open`](crate::open) takes it, is about synthetic images, whatever it says of them.
+pub fn is_synthetic(spec: &str) -> bool {
+    !matches!(parse_spec(spec), Ok(None))
+}
+
 /// Images drawn on the fly: see the head of this file.
 #[derive(Clone, Debug)]
 pub struct SyntheticSource {

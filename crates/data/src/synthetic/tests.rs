@@ -15,6 +15,10 @@ fn the_spec_is_read_and_mistakes_are_named() {
     assert_eq!((val.images, val.height, val.width), (1200, 32, 32));
     for path in ["./synthetic", "synthetic-faces", "data/synthetic:x"] {
         assert_eq!(parse(path).unwrap(), None);
+        assert!(!is_synthetic(path), "{path}");
+    }
+    for spec in ["synthetic", "synthetic:", "synthetic:size=32", "synthetic:size=none"] {
+        assert!(is_synthetic(spec), "{spec}");
     }
     for (spec, message) in [
         ("synthetic:image=20", "unknown key `image`\n\nhint: did you mean `images`?"),

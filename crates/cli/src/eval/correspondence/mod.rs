@@ -12,9 +12,10 @@ use dinoxide_evaluation::dense::transfer::PairConfig;
 use dinoxide_evaluation::{Method, Protocol, Report};
 
 use self::points::{listed_pairs, read_points};
-use super::common::{Metric, Outcome, Set};
 use super::dense::{DenseSetup, DenseTask, Layers, Seen, warn};
 use super::given::Given;
+use super::outcome::{Metric, Outcome};
+use super::sets::Set;
 use crate::table::table;
 use crate::terminal::Log;
 

@@ -7,7 +7,7 @@ use dinoxide_evaluation::dense::keypoints::Points;
 use dinoxide_evaluation::dense::transfer::Group;
 
 use crate::Usage;
-use crate::eval::common::Set;
+use crate::eval::sets::Set;
 
 /// A file whose lines have `FIELDS` fields.
 struct Lines<'a, const FIELDS: usize> {

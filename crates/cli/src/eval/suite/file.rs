@@ -2,8 +2,10 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::eval::common::{Frozen, Outcome, Task};
 use crate::eval::dense::DenseTask;
+use crate::eval::frozen::Frozen;
+use crate::eval::measurement::Task;
+use crate::eval::outcome::Outcome;
 use crate::eval::{
     clustering, copies, correspondence, depth, finetune, foreground, knn, linear, logistic, retrieval, segmentation,
     video,

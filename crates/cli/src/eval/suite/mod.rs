@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 
 use self::file::{Evaluation, parse};
 use self::summary::{Column, Failure, is_table, letter, markdown};
-use super::common::{Crops, Frozen};
 use super::compare::unlike;
+use super::frozen::{Crops, Frozen};
 use super::given::Given;
 use super::{by_flag, check_replaceable, check_result, write};
 use crate::{Usage, is_usage, terminal};

@@ -7,8 +7,8 @@ use std::rc::Rc;
 
 use serde_json::{Value, json};
 
-use crate::eval::common::{Metric, Outcome};
 use crate::eval::given::Given;
+use crate::eval::outcome::{Metric, Outcome};
 
 /// What the head of a table begins with.
 const HEAD: &str = "| task | metric |";
