@@ -1,11 +1,15 @@
 //! Sheets of pictures with captions.
 
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
 use ab_glyph::{Font, FontRef, PxScale, ScaleFont};
 use anyhow::Context;
-use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::{Rgb, RgbImage, imageops};
 
 use crate::Usage;
+use crate::eval::check_replaceable;
 
 /// Letters, digits and a few signs of DejaVu Sans; its licence lies beside it.
 const FONT: &[u8] = include_bytes!("../../assets/DejaVuSans-subset.ttf");
@@ -15,6 +19,8 @@ pub(crate) const FAINT: Rgb<u8> = Rgb([112, 112, 120]);
 const PAPER: Rgb<u8> = Rgb([255, 255, 255]);
 const TEXT_PX: f32 = 15.0;
 const SMALL_PX: f32 = 13.0;
+/// What a picture says of where it comes from, under the keyword `Software`.
+const SOFTWARE: &str = "dinoxide viz";
 const MARGIN: u32 = 16;
 const GAP: u32 = 8;
 
@@ -191,27 +197,33 @@ impl Sheet {
     }
 
     /// Draws it into a PNG file, which is there whole or not at all.
-    pub(crate) fn save(&self, height: u32, path: &std::path::Path) -> anyhow::Result<()> {
+    pub(crate) fn save(&self, height: u32, path: &Path) -> anyhow::Result<()> {
+        let drawn = self.draw(height)?;
         let mut bytes = Vec::new();
-        let encoder = PngEncoder::new_with_quality(&mut bytes, CompressionType::Best, FilterType::Adaptive);
-        self.draw(height)?.write_with_encoder(encoder)?;
+        let mut encoder = png::Encoder::new(&mut bytes, drawn.width(), drawn.height());
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.set_compression(png::Compression::High);
+        encoder.add_text_chunk("Software".into(), SOFTWARE.into())?;
+        encoder.write_header()?.write_image_data(&drawn)?;
         dinoxide_model::weights::write_atomically(path, &bytes).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
     }
 }
 
-/// That a picture can be written to `path`, before anything is computed.
-pub(crate) fn check_output(path: &std::path::Path) -> anyhow::Result<()> {
-    let refused = |message: &str| Err(Usage(anyhow::anyhow!("{}: {message}", path.display())).into());
-    if path.is_dir() {
-        return refused("is a folder, not a file to write");
-    }
+/// That a picture can be written to `path`, where no other image is, before anything is computed.
+pub(crate) fn check_output(path: &Path) -> anyhow::Result<()> {
+    check_replaceable(path, "--output", "a picture of `dinoxide viz`", is_drawn)?;
     if path.extension().is_none_or(|extension| !extension.eq_ignore_ascii_case("png")) {
-        return refused("pictures are written as PNG\n\nhint: end the name in `.png`");
-    }
-    if path.parent().is_some_and(|parent| !parent.as_os_str().is_empty() && !parent.is_dir()) {
-        return refused("its folder does not exist");
+        let message = format!("{}: pictures are written as PNG\n\nhint: end the name in `.png`", path.display());
+        return Err(Usage(anyhow::anyhow!(message)).into());
     }
     Ok(())
+}
+
+/// Whether a file is a picture that [`Sheet::save`] wrote.
+fn is_drawn(file: File) -> bool {
+    png::Decoder::new(BufReader::new(file))
+        .read_info()
+        .is_ok_and(|reader| reader.info().uncompressed_latin1_text.iter().any(|entry| entry.text == SOFTWARE))
 }
 
 fn scaled_size((width, height): (u32, u32), to: u32) -> (u32, u32) {
@@ -286,14 +298,34 @@ mod tests {
     }
 
     #[test]
-    fn places_where_no_picture_can_be_are_refused() {
+    fn places_where_no_picture_can_be_are_refused_and_images_of_others_are_kept() {
         let folder = tempfile::tempdir().unwrap();
-        for (name, part) in
-            [("", "is a folder"), ("a.jpg", "hint: end the name in `.png`"), ("b/a.png", "does not exist")]
-        {
+        let photo = folder.path().join("photo.png");
+        RgbImage::from_pixel(3, 2, Rgb([9, 200, 9])).save(&photo).unwrap();
+        let before = std::fs::read(&photo).unwrap();
+        for (name, part) in [
+            ("", "is a folder"),
+            ("a.jpg", "hint: end the name in `.png`"),
+            ("b/a.png", "no such folder"),
+            ("photo.png", "is there and is not a picture of `dinoxide viz`, so it is not overwritten"),
+        ] {
             let message = check_output(&folder.path().join(name)).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
         }
-        check_output(&folder.path().join("a.PNG")).unwrap();
+        assert_eq!(std::fs::read(&photo).unwrap(), before);
+        let drawn = folder.path().join("a.PNG");
+        for _ in 0..2 {
+            check_output(&drawn).unwrap();
+            let image = RgbImage::from_pixel(30, 20, Rgb([9, 200, 9]));
+            let sheet = Sheet {
+                title: "a picture".into(),
+                note: String::new(),
+                rows: vec![vec![Tile::new(image, String::new())]],
+                group: 1,
+                legend: Vec::new(),
+            };
+            sheet.save(40, &drawn).unwrap();
+            assert!(image::open(&drawn).unwrap().width() >= 60);
+        }
     }
 }
