@@ -14,7 +14,7 @@ mod knn;
 mod linear;
 mod logistic;
 mod measurement;
-pub(crate) mod outcome;
+mod outcome;
 mod retrieval;
 pub(crate) mod segmentation;
 pub(crate) mod sets;
@@ -122,7 +122,7 @@ pub(crate) fn check_result(path: &Path) -> anyhow::Result<()> {
 }
 
 /// Refuses a list that has a value twice.
-pub(super) fn check_distinct<T: Display + PartialEq>(task: &str, flag: &str, values: &[T]) -> anyhow::Result<()> {
+fn check_distinct<T: Display + PartialEq>(task: &str, flag: &str, values: &[T]) -> anyhow::Result<()> {
     match values.iter().enumerate().find(|(at, value)| values[..*at].contains(value)) {
         Some((_, twice)) => {
             let message = format!("{task}: `{flag}` has {twice} twice, it must be a list of different values");
